@@ -1,0 +1,103 @@
+"""Every refusal has a type, and one table says what that type is over HTTP and over gRPC.
+
+An error's message is one sentence for the person who can act on it; nothing in it is secret (no prompt, no key).
+"""
+
+from dataclasses import dataclass
+
+
+class KvferryError(Exception):
+    """Base of all errors that are answers. Anything else that escapes is a bug, and is answered as `Internal`."""
+
+
+class InvalidRequest(KvferryError):
+    """The request can never succeed as it stands. `param` names the field at fault, where there is one."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class Unauthenticated(KvferryError):
+    """No key, or not a valid one."""
+
+
+class NotFound(KvferryError):
+    """The route or the model does not exist here."""
+
+
+class MethodNotAllowed(KvferryError):
+    """The route exists, the method does not."""
+
+
+class TooLarge(KvferryError):
+    """The request's body is over the limit."""
+
+
+class RateLimited(KvferryError):
+    """This tenant has used what its limits allow; it may try again later."""
+
+
+class Overloaded(KvferryError):
+    """Every queue that could take the request is full; it may try again later."""
+
+
+class Unavailable(KvferryError):
+    """A part that the request needs is not there (starting, draining, dead); it may try again later."""
+
+
+class DeadlineExceeded(KvferryError):
+    """The answer was not ready in time."""
+
+
+class IncompatibleNode(KvferryError):
+    """Two processes disagree about model, dtype, block size or layout. The message gives the difference."""
+
+
+class ConfigError(KvferryError):
+    """A flag, file or environment value is wrong. Ends the process before it starts to serve."""
+
+
+class Internal(KvferryError):
+    """We failed. The request may be tried again; the log has the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one type of error is told to the outside."""
+
+    http: int
+    grpc: str  # the name of a grpc.StatusCode; each occurs once, so that it maps back
+    kind: str  # `error.type` in an OpenAI error body
+    code: str  # `error.code` there
+    retry_after_s: int | None = None
+
+
+OUTCOMES: dict[type[KvferryError], Outcome] = {
+    InvalidRequest: Outcome(400, "INVALID_ARGUMENT", "invalid_request_error", "invalid_request"),
+    Unauthenticated: Outcome(401, "UNAUTHENTICATED", "authentication_error", "invalid_api_key"),
+    NotFound: Outcome(404, "NOT_FOUND", "invalid_request_error", "not_found"),
+    MethodNotAllowed: Outcome(405, "UNIMPLEMENTED", "invalid_request_error", "method_not_allowed"),
+    TooLarge: Outcome(413, "OUT_OF_RANGE", "invalid_request_error", "request_too_large"),
+    RateLimited: Outcome(429, "ABORTED", "rate_limit_error", "rate_limit_exceeded", retry_after_s=1),
+    Overloaded: Outcome(503, "RESOURCE_EXHAUSTED", "server_error", "overloaded", retry_after_s=1),
+    Unavailable: Outcome(503, "UNAVAILABLE", "server_error", "unavailable", retry_after_s=2),
+    DeadlineExceeded: Outcome(504, "DEADLINE_EXCEEDED", "server_error", "timeout"),
+    IncompatibleNode: Outcome(500, "FAILED_PRECONDITION", "server_error", "incompatible_node"),
+    ConfigError: Outcome(500, "DATA_LOSS", "server_error", "configuration"),
+    Internal: Outcome(500, "INTERNAL", "server_error", "internal_error"),
+}
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """The table's row for an error, a bug's row for anything that is not ours."""
+    return OUTCOMES.get(type(error), OUTCOMES[Internal])
+
+
+def error_from_grpc(status: str, message: str) -> KvferryError:
+    """The error that a peer meant by a gRPC status (its name) and details; `Unavailable` for any other status,
+    which is what a connection that broke gives (UNAVAILABLE, CANCELLED, UNKNOWN)."""
+    for kind, outcome in OUTCOMES.items():
+        if outcome.grpc == status:
+            return kind(message)
+    return Unavailable(message)

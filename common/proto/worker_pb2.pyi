@@ -1,0 +1,207 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Layout(_message.Message):
+    __slots__ = ("kv_heads", "layers", "block_size", "head_dim", "dtype")
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    kv_heads: int
+    layers: int
+    block_size: int
+    head_dim: int
+    dtype: str
+    def __init__(self, kv_heads: _Optional[int] = ..., layers: _Optional[int] = ..., block_size: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("role", "model", "fingerprint", "layout", "vocab_size", "max_model_len", "draining", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "streams", "tasks", "prefill_tokens_per_s", "pull_bytes_per_s", "preemptions", "pulled_bytes", "published_bytes", "bad_blocks", "max_tokens_per_step", "node")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PULL_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_PER_STEP_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    model: str
+    fingerprint: bytes
+    layout: Layout
+    vocab_size: int
+    max_model_len: int
+    draining: bool
+    waiting: int
+    running: int
+    waiting_tokens: int
+    free_blocks: int
+    total_blocks: int
+    streams: int
+    tasks: int
+    prefill_tokens_per_s: float
+    pull_bytes_per_s: float
+    preemptions: int
+    pulled_bytes: int
+    published_bytes: int
+    bad_blocks: int
+    max_tokens_per_step: int
+    node: str
+    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., streams: _Optional[int] = ..., tasks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., published_bytes: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., max_tokens_per_step: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "choice", "min_tokens", "ignore_eos", "stop_token_ids")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    choice: int
+    min_tokens: int
+    ignore_eos: bool
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ..., min_tokens: _Optional[int] = ..., ignore_eos: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Sequence(_message.Message):
+    __slots__ = ("request_id", "chain_key", "cache_salt", "fingerprint", "token_ids", "prompt_len", "sampling", "read_cache")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_KEY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    READ_CACHE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    chain_key: bytes
+    cache_salt: str
+    fingerprint: bytes
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    prompt_len: int
+    sampling: Sampling
+    read_cache: bool
+    def __init__(self, request_id: _Optional[str] = ..., chain_key: _Optional[bytes] = ..., cache_salt: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., read_cache: bool = ...) -> None: ...
+
+class FillCommand(_message.Message):
+    __slots__ = ("open",)
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    open: Sequence
+    def __init__(self, open: _Optional[_Union[Sequence, _Mapping]] = ...) -> None: ...
+
+class Reuse(_message.Message):
+    __slots__ = ("gpu_tokens", "host_tokens", "computed_tokens", "pulled_bytes", "published_bytes")
+    GPU_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    gpu_tokens: int
+    host_tokens: int
+    computed_tokens: int
+    pulled_bytes: int
+    published_bytes: int
+    def __init__(self, gpu_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., published_bytes: _Optional[int] = ...) -> None: ...
+
+class FillReport(_message.Message):
+    __slots__ = ("committed_blocks", "first_token", "finish_reason", "done", "reuse", "started")
+    COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    REUSE_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    committed_blocks: int
+    first_token: int
+    finish_reason: str
+    done: bool
+    reuse: Reuse
+    started: bool
+    def __init__(self, committed_blocks: _Optional[int] = ..., first_token: _Optional[int] = ..., finish_reason: _Optional[str] = ..., done: bool = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ..., started: bool = ...) -> None: ...
+
+class ContinueCommand(_message.Message):
+    __slots__ = ("open", "progress")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    open: ContinueOpen
+    progress: FillProgress
+    def __init__(self, open: _Optional[_Union[ContinueOpen, _Mapping]] = ..., progress: _Optional[_Union[FillProgress, _Mapping]] = ...) -> None: ...
+
+class ContinueOpen(_message.Message):
+    __slots__ = ("sequence", "expects_fill")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTS_FILL_FIELD_NUMBER: _ClassVar[int]
+    sequence: Sequence
+    expects_fill: bool
+    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., expects_fill: bool = ...) -> None: ...
+
+class FillProgress(_message.Message):
+    __slots__ = ("committed_blocks", "first_token", "done")
+    COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    committed_blocks: int
+    first_token: int
+    done: bool
+    def __init__(self, committed_blocks: _Optional[int] = ..., first_token: _Optional[int] = ..., done: bool = ...) -> None: ...
+
+class ContinueEvent(_message.Message):
+    __slots__ = ("admitted", "restored", "tokens")
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    admitted: Admitted
+    restored: Restored
+    tokens: Tokens
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., restored: _Optional[_Union[Restored, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ...) -> None: ...
+
+class Admitted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Restored(_message.Message):
+    __slots__ = ("reuse",)
+    REUSE_FIELD_NUMBER: _ClassVar[int]
+    reuse: Reuse
+    def __init__(self, reuse: _Optional[_Union[Reuse, _Mapping]] = ...) -> None: ...
+
+class Tokens(_message.Message):
+    __slots__ = ("token_ids", "finish_reason", "reuse")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    REUSE_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish_reason: str
+    reuse: Reuse
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ...) -> None: ...

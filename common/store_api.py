@@ -1,0 +1,137 @@
+"""What a worker may ask of the block store. The store is a cache: every answer may be "no", and none is an error.
+
+One handle, the lease, covers both directions: a look-up leases the blocks it found, a reservation leases each block
+from the moment it is published under it. Releasing a lease, or losing the connection, gives everything back.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Protocol
+
+import msgspec
+
+from kvferry.common.block import Checksum
+from kvferry.common.hashing import BlockName
+
+
+class MissReason(str, Enum):
+    """Why a block that was looked up was not used."""
+
+    NEVER_STORED = "never_stored"
+    EVICTED = "evicted"
+    BEING_WRITTEN = "being_written"
+    STORE_UNREACHABLE = "store_unreachable"
+    LEASE_LAPSED = "lease_lapsed"
+    PAYLOAD_BAD = "payload_bad"
+
+
+class Located(msgspec.Struct, frozen=True, array_like=True):
+    """Where a leased block lies: a slot of the arena whose boot id the lease carries, and how to verify its bytes."""
+
+    name: BlockName
+    slot: int
+    checksums: tuple[Checksum, ...]
+
+
+class Match(msgspec.Struct, frozen=True):
+    """The answer to a look-up: the leading names that are there.
+
+    `lease` is 0 when nothing was leased (no match, or a look-up that asked for none). `boot_id` says which arena the
+    slots mean. `miss` is why the first name after the match is not there; None if every name is.
+    """
+
+    blocks: tuple[Located, ...] = ()
+    lease: int = 0
+    boot_id: bytes = b""
+    miss: MissReason | None = None
+
+
+class Claim(str, Enum):
+    """What a reservation got for one name."""
+
+    GRANTED = "granted"  # ours to compute and publish
+    PRESENT = "present"  # committed already; leased with the reservation
+    TAKEN = "taken"  # somebody else is computing it
+    REFUSED = "refused"  # the store is not there, or a bound is reached
+
+
+class Reservation(msgspec.Struct, frozen=True):
+    """`claims[i]` is for `names[i]`. `lease` is 0 when nothing was granted or present."""
+
+    names: tuple[BlockName, ...]
+    claims: tuple[Claim, ...]
+    lease: int = 0
+    boot_id: bytes = b""
+
+
+class Payload(msgspec.Struct, frozen=True):
+    """A block to publish: its name, its parent's name (the scope's root for a first block), and its bytes."""
+
+    name: BlockName
+    parent: BlockName
+    data: memoryview
+
+
+class StoreStats(msgspec.Struct, frozen=True):
+    """A node's numbers at one moment. free + writing + committed + quarantined = slots, always."""
+
+    boot_id: bytes = b""
+    block_bytes: int = 0
+    slots: int = 0
+    free: int = 0
+    writing: int = 0
+    committed: int = 0
+    quarantined: int = 0
+    reserved: int = 0
+    leases: int = 0
+    connections: int = 0
+    published: int = 0
+    already_there: int = 0
+    publish_dropped: int = 0
+    late_commits: int = 0
+    evicted: int = 0
+    bad_blocks: int = 0
+    lookups: int = 0
+    blocks_looked_up: int = 0
+    blocks_found: int = 0
+    committed_by_tenant: dict[str, int] = {}
+
+
+class BlockStore(Protocol):
+    """Six verbs. No method raises for a store that is slow, full, restarted or gone; it answers "nothing there"."""
+
+    async def lookup(
+        self, names: Sequence[BlockName], *, wait_s: float = 0.0, lease: bool = True
+    ) -> Match:
+        """Find the leading names that are committed and, unless told otherwise, lease them.
+
+        With `wait_s`, a first missing name that somebody else is computing is waited for, until all names are there
+        or nobody is computing the first missing one. `lease=False` peeks: no lease, no recency, no hit counted.
+        """
+        ...
+
+    async def reserve(self, names: Sequence[BlockName], *, parent: BlockName, tenant: str) -> Reservation:
+        """Claim names, a chain that continues `parent`, for computing; takes no memory yet. `tenant` is a pseudonym."""
+        ...
+
+    async def publish(self, reservation: Reservation, blocks: Sequence[Payload]) -> int:
+        """Copy blocks that `reservation` granted into the store and commit them, in chain order.
+
+        Returns how many leading ones are there now (committed by us, or by somebody before us). The rest was dropped.
+        The bytes must not change until this returns.
+        """
+        ...
+
+    async def pull(self, match: Match, into: Sequence[memoryview]) -> int:
+        """Copy the first `len(into)` blocks of a leased match to their destination and verify them there.
+
+        Returns how many leading blocks are good; destinations from there on hold rubbish. A bad block is quarantined.
+        """
+        ...
+
+    async def release(self, lease: int) -> bool:
+        """Give a lease back, with all that was reserved under it. False if it had lapsed before: then what was
+        pulled under it may be torn and must be dropped."""
+        ...
+
+    async def stats(self) -> StoreStats: ...

@@ -1,0 +1,1 @@
+"""The decode service: *continue* a token sequence, and stream its tokens."""

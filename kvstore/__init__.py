@@ -1,0 +1,1 @@
+"""The store node: an arena of committed blocks, an index over their names, and the client that workers use."""
