@@ -65,6 +65,4 @@ def slot_stride(block_bytes: int) -> int:
 def segment_checksums(payload: memoryview, segments: int) -> tuple[Checksum, ...]:
     """XXH3-128 of each of the `segments` equal parts of a block's bytes."""
     size = len(payload) // segments
-    return tuple(
-        Checksum(xxhash.xxh3_128_digest(payload[i * size : (i + 1) * size])) for i in range(segments)
-    )
+    return tuple(Checksum(xxhash.xxh3_128_digest(payload[i * size : (i + 1) * size])) for i in range(segments))

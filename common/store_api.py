@@ -100,9 +100,7 @@ class StoreStats(msgspec.Struct, frozen=True):
 class BlockStore(Protocol):
     """Six verbs. No method raises for a store that is slow, full, restarted or gone; it answers "nothing there"."""
 
-    async def lookup(
-        self, names: Sequence[BlockName], *, wait_s: float = 0.0, lease: bool = True
-    ) -> Match:
+    async def lookup(self, names: Sequence[BlockName], *, wait_s: float = 0.0, lease: bool = True) -> Match:
         """Find the leading names that are committed and, unless told otherwise, lease them.
 
         With `wait_s`, a first missing name that somebody else is computing is waited for, until all names are there
