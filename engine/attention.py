@@ -1,0 +1,83 @@
+"""The one attention function that every model calls, and the batch that it reads.
+
+The `transformers` model is used as it is: it passes unknown keywords through to the attention function, so a step's
+batch travels as one argument. Keys and values are written to the page pool first, then attention reads them back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface
+
+from kvferry.common.errors import IncompatibleNode
+from kvferry.engine.batch import StepPlan
+from kvferry.kernels.reference import RowSpan, extend_attention, kv_write
+
+ATTENTION_NAME = "kvferry"
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """A step's rows laid end to end, `T` tokens in all.
+
+    `slot_mapping[T]`: where each token's KV goes. `calls` counts the layers that asked, so that a model which
+    computes attention on its own is noticed.
+    """
+
+    pool: torch.Tensor
+    slot_mapping: torch.Tensor
+    rows: list[RowSpan]
+    calls: int = 0
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    paged_batch: PagedBatch,
+    **_ignored: object,
+) -> tuple[torch.Tensor, None]:
+    """`query [1, H, T, head_dim]`, `key`, `value [1, kv_heads, T, head_dim]` -> `[1, T, H, head_dim]`.
+
+    Raises IncompatibleNode for what this attention cannot do.
+    """
+    if attention_mask is not None:
+        raise IncompatibleNode("the model brings an attention mask of its own; paged attention is causal only")
+    if sliding_window is not None or softcap is not None or s_aux is not None:
+        raise IncompatibleNode("sliding windows, softcapped logits and attention sinks are not supported yet")
+    if key.shape != value.shape:
+        raise IncompatibleNode(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
+    batch, layer = paged_batch, module.layer_idx
+    batch.calls += 1
+    kv_write(batch.pool, layer, batch.slot_mapping, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return extend_attention(query[0].transpose(0, 1), batch.pool, layer, batch.rows, scale)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def lay_out(plan: StepPlan, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, PagedBatch]:
+    """A plan as tensors on the pool's device: token ids and positions, int64 `[1, T]` each, and the batch."""
+    device, block_size = pool.device, pool.shape[4]
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    rows = []
+    for row in plan.rows:
+        end = row.start + len(row.token_ids)
+        pages = row.block_table[: -(-end // block_size)]
+        rows.append(RowSpan(len(tokens), len(row.token_ids), end, torch.tensor(pages, device=device)))
+        tokens += row.token_ids
+        positions += range(row.start, end)
+        slots += [pages[p // block_size] * block_size + p % block_size for p in range(row.start, end)]
+    batch = PagedBatch(pool, torch.tensor(slots, device=device), rows)
+    return torch.tensor([tokens], device=device), torch.tensor([positions], device=device), batch

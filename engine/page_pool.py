@@ -1,0 +1,83 @@
+"""Bookkeeping of a worker's KV memory: which block is free, who holds it, and under which name it can be found.
+
+A block is *held* (by block tables and by copies under way, counted) or *free*. A free block keeps its name and its
+bytes until it is needed for something else, so a later sequence with the same prefix finds it: least recently freed
+goes first, and of one sequence the tail before the head.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from kvferry.common.hashing import BlockName
+
+
+class PagePool:
+    """`num_blocks` blocks with ids `0 .. num_blocks - 1`. Owned by one thread."""
+
+    def __init__(self, num_blocks: int):
+        if num_blocks < 1:
+            raise ValueError(f"a page pool needs at least one block, not {num_blocks}")
+        self.num_blocks = num_blocks
+        self._holders = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._name_of: dict[int, BlockName] = {}
+        self._by_name: dict[BlockName, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` free blocks, nameless and held once each; None, and nothing taken, if there are fewer."""
+        if count > len(self._free):
+            return None
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._holders[block] = 1
+            if (name := self._name_of.pop(block, None)) is not None:
+                del self._by_name[name]
+        return blocks
+
+    def match(self, names: Sequence[BlockName]) -> list[int]:
+        """The blocks of the leading names that are in the pool. They are not held yet: `hold` them before anything
+        else is allocated."""
+        blocks = []
+        for name in names:
+            if (block := self._by_name.get(name)) is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add one holder to each block."""
+        for block in blocks:
+            if self._holders[block] == 0:
+                del self._free[block]
+            self._holders[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Take one holder from each block of a table in chain order."""
+        for block in reversed(blocks):
+            if self._holders[block] < 1:
+                raise ValueError(f"block {block} is released more often than it was held")
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                self._free[block] = None
+                if block not in self._name_of:
+                    self._free.move_to_end(block, last=False)  # nothing in it can be reused: take it first
+
+    def name(self, block: int, name: BlockName) -> None:
+        """Say that a held block now contains all of `name`'s KV. The first block of a name keeps it."""
+        if self._holders[block] < 1:
+            raise ValueError(f"block {block} is named while nobody holds it")
+        if block not in self._name_of and name not in self._by_name:
+            self._name_of[block] = name
+            self._by_name[name] = block
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when holders, the free list and the names disagree."""
+        free = {block for block, holders in enumerate(self._holders) if holders == 0}
+        if min(self._holders) < 0 or free != set(self._free):
+            raise AssertionError(f"free list {sorted(self._free)} is not the set of unheld blocks {sorted(free)}")
+        if {name: block for block, name in self._name_of.items()} != self._by_name:
+            raise AssertionError("names and blocks do not map onto each other")

@@ -1,0 +1,75 @@
+"""Plain torch on a paged KV pool: the truth that other kernels are held to, and the CPU path.
+
+Shapes used here: `pool[num_blocks, kv_heads, layers, 2, block_size, head_dim]`; `T` new tokens of all rows laid end to
+end; `H` query heads, `H = kv_heads * group`. A row's tokens sit at positions `context - length .. context - 1`, and
+their keys and values are in the pool already (write first, then attend).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """One row of a ragged batch: `length` query tokens from `start` in the flat batch, attending to `context` tokens
+    (themselves included) that lie in the blocks of `block_table`, int64 `[ceil(context / block_size)]`."""
+
+    start: int
+    length: int
+    context: int
+    block_table: torch.Tensor
+
+
+def kv_write(
+    pool: torch.Tensor, layer: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Store the new tokens' keys and values: `slot_mapping[T]` is `block_id * block_size + offset`, `key` and `value`
+    are `[T, kv_heads, head_dim]`. Slots must be distinct."""
+    block_size = pool.shape[4]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    # Advanced indices apart from each other put their dimension first: [T, kv_heads, head_dim].
+    pool[block, :, layer, 0, offset] = key
+    pool[block, :, layer, 1, offset] = value
+
+
+def gather_kv(pool: torch.Tensor, layer: int, row: RowSpan) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row's keys and values as `[kv_heads, context, head_dim]` each, copied out of its blocks."""
+    pages = pool[:, :, layer].index_select(0, row.block_table)  # [blocks, kv_heads, 2, block_size, head_dim]
+    heads_first = pages.permute(2, 1, 0, 3, 4).flatten(2, 3)  # [2, kv_heads, blocks * block_size, head_dim]
+    return heads_first[0, :, : row.context], heads_first[1, :, : row.context]
+
+
+def extend_attention(
+    query: torch.Tensor, pool: torch.Tensor, layer: int, rows: list[RowSpan], scale: float
+) -> torch.Tensor:
+    """Causal attention of a ragged batch over its paged context. `query[T, H, head_dim]` -> the same shape.
+
+    Prefill, a chunk after a prefix, and a decode step (length 1) are all this one.
+    """
+    out = torch.empty_like(query)
+    kv_heads = pool.shape[1]
+    for row in rows:
+        key, value = gather_kv(pool, layer, row)
+        tokens = query[row.start : row.start + row.length]
+        # [kv_heads, group, length, head_dim]: the query heads of one KV head together.
+        grouped = tokens.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+        if row.length == 1:
+            # One token sees its whole context: no mask, and its group takes the place of the length.
+            attended = F.scaled_dot_product_attention(grouped.squeeze(2), key, value, scale=scale).unsqueeze(2)
+        else:
+            shape = (kv_heads, grouped.shape[1], row.context, key.shape[-1])
+            key, value = key.unsqueeze(1).expand(shape), value.unsqueeze(1).expand(shape)
+            if row.length == row.context:
+                attended = F.scaled_dot_product_attention(grouped, key, value, is_causal=True, scale=scale)
+            else:
+                mask = causal_mask(row.length, row.context, query.device)
+                attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+        out[row.start : row.start + row.length] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+def causal_mask(length: int, context: int, device: torch.device) -> torch.Tensor:
+    """bool `[length, context]`: the last `length` positions of `context`, each seeing itself and what is before."""
+    return torch.ones(length, context, dtype=torch.bool, device=device).tril(context - length)
