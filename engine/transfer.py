@@ -206,6 +206,8 @@ class BackgroundPublisher:
         """Stop, and let go of what is not published. May be repeated."""
         if self._task is not None:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            (outcome,) = await asyncio.gather(self._task, return_exceptions=True)
+            if isinstance(outcome, Exception):
+                log.error("publishing for request %s failed", self._seq.request_id, exc_info=outcome)
         self._pool.release(self._queued)
         self._queued = []

@@ -95,7 +95,7 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ..., min_tokens: _Optional[int] = ..., ignore_eos: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("request_id", "chain_key", "cache_salt", "fingerprint", "token_ids", "prompt_len", "sampling", "read_cache")
+    __slots__ = ("request_id", "chain_key", "cache_salt", "fingerprint", "token_ids", "prompt_len", "sampling")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHAIN_KEY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
@@ -103,7 +103,6 @@ class Sequence(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
-    READ_CACHE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     chain_key: bytes
     cache_salt: str
@@ -111,8 +110,7 @@ class Sequence(_message.Message):
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_len: int
     sampling: Sampling
-    read_cache: bool
-    def __init__(self, request_id: _Optional[str] = ..., chain_key: _Optional[bytes] = ..., cache_salt: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., read_cache: bool = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., chain_key: _Optional[bytes] = ..., cache_salt: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
 
 class FillCommand(_message.Message):
     __slots__ = ("open",)

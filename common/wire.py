@@ -1,0 +1,96 @@
+"""Between our values and the protobuf messages of proto/worker.proto."""
+
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from kvferry.common.block import BlockLayout
+from kvferry.common.errors import Internal, KvferryError, Unavailable, error_from_grpc, outcome_of
+from kvferry.common.hashing import CacheScope, TenantKeys
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.sampling import SamplingParams
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+
+
+def layout_to_wire(layout: BlockLayout) -> pb.Layout:
+    return pb.Layout(
+        kv_heads=layout.kv_heads,
+        layers=layout.layers,
+        block_size=layout.block_size,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+    )
+
+
+def layout_from_wire(layout: pb.Layout) -> BlockLayout:
+    return BlockLayout(layout.kv_heads, layout.layers, layout.block_size, layout.head_dim, layout.dtype)
+
+
+def sampling_to_wire(params: SamplingParams) -> pb.Sampling:
+    return pb.Sampling(**{name: getattr(params, name) for name in params.__slots__})
+
+
+def sampling_from_wire(sampling: pb.Sampling) -> SamplingParams:
+    values = {name: getattr(sampling, name) for name in SamplingParams.__slots__}
+    return SamplingParams(**{**values, "stop_token_ids": tuple(sampling.stop_token_ids)})
+
+
+def sequence_to_wire(
+    request_id: str, scope: CacheScope, token_ids: list[int], prompt_len: int, params: SamplingParams
+) -> pb.Sequence:
+    return pb.Sequence(
+        request_id=request_id,
+        chain_key=scope.keys.chain,
+        cache_salt=scope.cache_salt,
+        fingerprint=scope.fingerprint,
+        token_ids=token_ids,
+        prompt_len=prompt_len,
+        sampling=sampling_to_wire(params),
+    )
+
+
+def scope_from_wire(sequence: pb.Sequence, layout: BlockLayout) -> CacheScope:
+    return CacheScope(TenantKeys.from_chain_key(sequence.chain_key), sequence.fingerprint, layout, sequence.cache_salt)
+
+
+def error_of(error: grpc.aio.AioRpcError) -> KvferryError:
+    """What a failed call means: the peer's own error where it sent one, `Unavailable` where the connection broke."""
+    return error_from_grpc(error.code().name, error.details() or "the connection to the node broke")
+
+
+StreamMethod = Callable[..., AsyncIterator[Any]]
+
+
+def answers_errors(method: StreamMethod) -> StreamMethod:
+    """A streaming RPC method whose errors reach the caller as a status from the one table."""
+
+    @functools.wraps(method)
+    async def answered(self: Any, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        try:
+            async for message in method(self, request, context):
+                yield message
+        except KvferryError as error:
+            await _abort(context, error)
+        except Exception as error:
+            self.log.exception("a call failed")
+            await _abort(context, Internal(f"the node failed: {type(error).__name__}; its log has the cause"))
+
+    return answered
+
+
+def _abort(context: grpc.aio.ServicerContext, error: KvferryError) -> Awaitable[None]:
+    return context.abort(getattr(grpc.StatusCode, outcome_of(error).grpc), str(error))
+
+
+async def first_command(commands: AsyncIterator[Any]) -> Any:
+    """The command that opens a stream. Raises Unavailable when the peer closes it without one."""
+    async for command in commands:
+        return command
+    raise Unavailable("the stream was closed before it was opened")

@@ -1,0 +1,154 @@
+"""*Continue* a token sequence: pull what exists, compute the rest, give tokens."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvferry.common.config import WorkerConfig
+from kvferry.common.errors import InvalidRequest
+from kvferry.common.failpoints import Failpoints
+from kvferry.common.process import Notifier
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.proto.worker_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
+from kvferry.common.wire import answers_errors, first_command
+from kvferry.engine.model import load_model
+from kvferry.engine.sequence import Sequence
+from kvferry.engine.worker import Worker
+from kvferry.kvstore.client import StoreClient
+
+
+async def serve(config: WorkerConfig, notifier: Notifier, stop: asyncio.Event) -> None:
+    """Run a decode process until `stop` is set. Raises KvferryError with one sentence when it cannot start."""
+    model = await asyncio.to_thread(load_model, config.engine, notifier.progress)
+    store = StoreClient(
+        config.store, model.layout.block_bytes, model.layout.segments, "decode", Failpoints(config.failpoints)
+    )
+    await store.start()
+    try:
+        worker = Worker(config, model, store)
+        await worker.serve(DecodeService(worker), add_DecodeServicer_to_server, notifier, stop)
+    finally:
+        await store.close()
+
+
+class DecodeService(DecodeServicer):
+    log = logging.getLogger(__name__)
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+
+    @answers_errors
+    async def Watch(
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WorkerStatus]:
+        async for status in self._worker.watch():
+            yield status
+
+    @answers_errors
+    async def Continue(
+        self, commands: AsyncIterator[pb.ContinueCommand], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ContinueEvent]:
+        with self._worker.stream():
+            opening = (await first_command(commands)).open
+            seq = self._worker.open_sequence(opening.sequence)
+            continuation = Continuation(self._worker, seq, opening.expects_fill)
+            tasks = [asyncio.create_task(continuation.follow(commands)), asyncio.create_task(continuation.run())]
+            try:
+                async for event in continuation.events(tasks):
+                    yield event
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Continuation:
+    """One continued sequence. `follow` takes in what its fill reports, `run` generates, `events` tells the router."""
+
+    def __init__(self, worker: Worker, seq: Sequence, expects_fill: bool):
+        self._engine, self._transfer = worker.engine, worker.transfer
+        self._seq = seq
+        self._fill = pb.FillProgress(done=not expects_fill)
+        self._follows = expects_fill
+        self._opening_len = len(seq.token_ids)
+        self._fill_moved = asyncio.Event()
+        self._reuse = pb.Reuse()
+        self._restored = False
+        self._outbox: asyncio.Queue[pb.ContinueEvent | None] = asyncio.Queue()
+
+    async def follow(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
+        """The router relays the fill's reports; each replaces the one before. Its closing means that none will come."""
+        async for command in commands:
+            if command.WhichOneof("command") != "progress":
+                raise InvalidRequest("a continue is opened once; after that only a fill's progress may follow")
+            self._fill.CopyFrom(command.progress)
+            self._fill_moved.set()
+        self._fill.done = True
+        self._fill_moved.set()
+
+    async def run(self) -> None:
+        publisher = self._transfer.background(self._seq, self._offer, start=0)
+        try:
+            async for step in self._engine.generate(self._seq, self._restore):
+                publisher.advance()
+                if step.token is not None:
+                    self._send_token(step.token, step.finish_reason)
+            await publisher.drain()  # a chat's next turn begins with these blocks
+            self._outbox.put_nowait(None)
+        finally:
+            await publisher.close()
+
+    def _send_token(self, token: int, finish_reason: str | None) -> None:
+        tokens = pb.Tokens(token_ids=[token], finish_reason=finish_reason or "")
+        if finish_reason:
+            tokens.reuse.CopyFrom(self._reuse)
+        self._outbox.put_nowait(pb.ContinueEvent(tokens=tokens))
+
+    async def _offer(self, blocks: list[int], first: int) -> None:
+        await self._transfer.offer(self._seq, blocks, first)
+
+    async def _restore(self, seq: Sequence) -> None:
+        """Pull the prefix; while the fill is under way, exactly what it reports. Called again after a preemption."""
+        if not self._restored:
+            self._outbox.put_nowait(pb.ContinueEvent(admitted=pb.Admitted()))
+        while True:
+            self._fill_moved.clear()
+            if self._fill.HasField("first_token") and len(seq.token_ids) == self._opening_len:
+                seq.append(self._fill.first_token)
+            upto = self._fill.committed_blocks if self._follows and not self._restored else len(seq.names)
+            await self._transfer.pull(seq, upto)
+            if self._fill.done and not self._fill_moved.is_set():
+                break
+            await self._fill_moved.wait()
+        if not self._restored:
+            self._restored = True
+            self._count_reuse(seq)
+            self._outbox.put_nowait(pb.ContinueEvent(restored=pb.Restored(reuse=self._reuse)))
+
+    def _count_reuse(self, seq: Sequence) -> None:
+        in_place = seq.num_computed + len(seq.filled) * seq.block_size
+        pulled = in_place - seq.num_reused
+        self._reuse.CopyFrom(
+            pb.Reuse(
+                gpu_tokens=seq.num_reused,
+                host_tokens=pulled,
+                computed_tokens=self._opening_len - in_place,
+                pulled_bytes=pulled // seq.block_size * seq.scope.layout.block_bytes,
+            )
+        )
+
+    async def events(self, tasks: list[asyncio.Task[None]]) -> AsyncIterator[pb.ContinueEvent]:
+        """What to send, in order. Raises what a task raised."""
+        for task in tasks:
+            task.add_done_callback(self._on_task_end)
+        while (event := await self._outbox.get()) is not None:
+            yield event
+        for task in tasks:
+            if task.done():
+                task.result()
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._outbox.put_nowait(None)

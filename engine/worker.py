@@ -1,0 +1,169 @@
+"""What the prefill and the decode process have in common: an engine behind gRPC, watched, drained, shut down."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import grpc
+
+from kvferry.common.block import BlockLayout
+from kvferry.common.config import WorkerConfig
+from kvferry.common.errors import ConfigError, IncompatibleNode, Unavailable
+from kvferry.common.process import Notifier
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.store_api import BlockStore
+from kvferry.common.wire import CHANNEL_OPTIONS, layout_to_wire, sampling_from_wire, scope_from_wire
+from kvferry.engine.engine import Engine
+from kvferry.engine.model import LoadedModel
+from kvferry.engine.sequence import Sequence, Status
+from kvferry.engine.transfer import Transfer
+
+STATUS_EVERY_S = 1.0
+STATUS_AT_MOST_EVERY_S = 0.02
+
+log = logging.getLogger(__name__)
+
+
+class CountingStore(BlockStore, Protocol):
+    """A store that counts what passed through it here."""
+
+    pulled_bytes: int
+    published_bytes: int
+    bad_blocks: int
+    pull_bytes_per_s: float
+
+
+class Worker:
+    """One process's engine, transfer and streams. The role's service calls `open_sequence` and `stream`."""
+
+    def __init__(self, config: WorkerConfig, model: LoadedModel, store: CountingStore):
+        self.config = config
+        self.model = model
+        self.store = store
+        self.engine = Engine(model, config.engine)
+        self.transfer = Transfer(self.engine.pool, self.engine.memory, store, config.single_flight_wait_s)
+        self._node = uuid.uuid4().hex
+        self._streams = 0
+        self._draining = False
+        self._watchers: set[asyncio.Event] = set()
+        self._idle = asyncio.Event()
+        self.engine.on_change(self._tell_watchers)
+
+    def open_sequence(self, opening: pb.Sequence, limit: int | None = None) -> Sequence:
+        """The engine's sequence for a request. Raises IncompatibleNode if the router hashed for another model."""
+        if opening.fingerprint != self.model.fingerprint:
+            raise IncompatibleNode(
+                f"the request is for model fingerprint {opening.fingerprint.hex()[:12]}, this node has "
+                f"{self.model.fingerprint.hex()[:12]}"
+            )
+        layout: BlockLayout = self.model.layout
+        params = sampling_from_wire(opening.sampling)
+        return self.engine.new_sequence(
+            opening.request_id,
+            scope_from_wire(opening, layout),
+            list(opening.token_ids),
+            opening.prompt_len,
+            params,
+            params.max_tokens if limit is None else limit,
+        )
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Count a call while it is open. Raises Unavailable while draining."""
+        if self._draining:
+            raise Unavailable("this node is draining")
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
+            if not self._streams:
+                self._idle.set()
+            self._tell_watchers()
+
+    def _tell_watchers(self) -> None:
+        for changed in self._watchers:
+            changed.set()
+
+    async def watch(self) -> AsyncIterator[pb.WorkerStatus]:
+        """This node's status: now, on each change, and every second."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                yield self.status()
+                await asyncio.sleep(STATUS_AT_MOST_EVERY_S)
+                try:
+                    await asyncio.wait_for(changed.wait(), STATUS_EVERY_S)
+                except TimeoutError:
+                    continue
+        finally:
+            self._watchers.discard(changed)
+
+    def status(self) -> pb.WorkerStatus:
+        scheduler, pool = self.engine.scheduler, self.engine.pool
+        return pb.WorkerStatus(
+            node=self._node,
+            role=self.config.role,
+            model=self.config.engine.model,
+            fingerprint=self.model.fingerprint,
+            layout=layout_to_wire(self.model.layout),
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.model.max_model_len,
+            draining=self._draining,
+            waiting=len(scheduler.of(Status.WAITING)),
+            running=len(scheduler.of(Status.RESTORING, Status.RUNNING)),
+            waiting_tokens=scheduler.waiting_tokens,
+            free_blocks=pool.num_free,
+            total_blocks=pool.num_blocks,
+            streams=self._streams,
+            tasks=len(asyncio.all_tasks()),
+            prefill_tokens_per_s=self.engine.prefill_tokens_per_s,
+            pull_bytes_per_s=self.store.pull_bytes_per_s,
+            preemptions=scheduler.num_preemptions,
+            pulled_bytes=self.store.pulled_bytes,
+            published_bytes=self.store.published_bytes,
+            bad_blocks=self.store.bad_blocks,
+            max_tokens_per_step=self.config.engine.max_num_batched_tokens,
+        )
+
+    async def serve(
+        self, service: Any, register: Callable[[Any, grpc.aio.Server], None], notifier: Notifier, stop: asyncio.Event
+    ) -> None:
+        """Answer calls until `stop`, then drain: no new streams, and up to `drain_s` for those that are open."""
+        server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        register(service, server)
+        try:
+            server.add_insecure_port(self.config.listen)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {self.config.listen}: {error}") from error
+        await server.start()
+        loop = asyncio.create_task(self.engine.run())
+        stopped = asyncio.create_task(stop.wait())
+        notifier.ready()
+        log.info("%s node serves %s on %s", self.config.role, self.config.engine.model, self.config.listen)
+        try:
+            await asyncio.wait({loop, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if loop.done():
+                loop.result()  # the engine's own failure ends the process: it is started anew
+            await self._drain()
+        finally:
+            stopped.cancel()
+            self.engine.stop()
+            await server.stop(grace=0.5)
+            await asyncio.gather(loop, return_exceptions=True)
+
+    async def _drain(self) -> None:
+        self._draining = True
+        self._tell_watchers()
+        self._idle.clear()
+        if self._streams:
+            log.info("draining: %d streams are open", self._streams)
+            try:
+                await asyncio.wait_for(self._idle.wait(), self.config.drain_s)
+            except TimeoutError:
+                log.warning("%d streams are cut off after %g s of draining", self._streams, self.config.drain_s)

@@ -1,0 +1,132 @@
+"""*Fill* a token sequence: reuse what exists, compute the rest, publish it, give the next token."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvferry.common.config import WorkerConfig
+from kvferry.common.errors import InvalidRequest
+from kvferry.common.failpoints import Failpoints
+from kvferry.common.process import Notifier
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.proto.worker_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
+from kvferry.common.wire import answers_errors, first_command
+from kvferry.engine.model import load_model
+from kvferry.engine.sequence import Sequence
+from kvferry.engine.transfer import FillHolding
+from kvferry.engine.worker import Worker
+from kvferry.kvstore.client import StoreClient
+
+
+async def serve(config: WorkerConfig, notifier: Notifier, stop: asyncio.Event) -> None:
+    """Run a prefill process until `stop` is set. Raises KvferryError with one sentence when it cannot start."""
+    model = await asyncio.to_thread(load_model, config.engine, notifier.progress)
+    store = StoreClient(
+        config.store, model.layout.block_bytes, model.layout.segments, "prefill", Failpoints(config.failpoints)
+    )
+    await store.start()
+    try:
+        worker = Worker(config, model, store)
+        await worker.serve(PrefillService(worker), add_PrefillServicer_to_server, notifier, stop)
+    finally:
+        await store.close()
+
+
+class PrefillService(PrefillServicer):
+    log = logging.getLogger(__name__)
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+
+    @answers_errors
+    async def Watch(
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WorkerStatus]:
+        async for status in self._worker.watch():
+            yield status
+
+    @answers_errors
+    async def Fill(
+        self, commands: AsyncIterator[pb.FillCommand], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.FillReport]:
+        """Report until everything is published, then keep it leased until the router closes its side."""
+        with self._worker.stream():
+            opening = await first_command(commands)
+            fill = Fill(self._worker, self._worker.open_sequence(opening.open, limit=1))
+            computing = asyncio.create_task(fill.run())
+            try:
+                async for report in fill.reports(computing):
+                    yield report
+                async for _ in commands:
+                    raise InvalidRequest("a fill takes one command, which opens it")
+            finally:
+                computing.cancel()
+                await asyncio.gather(computing, return_exceptions=True)
+                await fill.close()
+
+
+class Fill:
+    """One fill. `run` computes; `reports` tells, each time more than the last, what there is."""
+
+    def __init__(self, worker: Worker, seq: Sequence):
+        self._engine, self._transfer = worker.engine, worker.transfer
+        self._seq = seq
+        self._holding = FillHolding(worker.transfer, seq)
+        self._report = pb.FillReport()
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        await self._holding.open()
+        publisher = self._transfer.background(self._seq, self._publish, start=self._holding.found)
+        try:
+            async for step in self._engine.generate(self._seq, self._restore):
+                publisher.advance()
+                if step.token is not None:
+                    self._tell(first_token=step.token, finish_reason=step.finish_reason or "")
+            await publisher.drain()
+            self._tell(done=True)
+        finally:
+            await publisher.close()
+
+    async def _restore(self, seq: Sequence) -> None:
+        """Pull what the store has and the page pool has not, and say how much that was."""
+        reused = seq.num_reused
+        pulled = await self._transfer.pull(seq, len(seq.names)) * seq.block_size
+        self._report.reuse.CopyFrom(
+            pb.Reuse(
+                gpu_tokens=reused,
+                host_tokens=pulled,
+                computed_tokens=len(seq.token_ids) - reused - pulled,
+                pulled_bytes=pulled // seq.block_size * seq.scope.layout.block_bytes,
+            )
+        )
+        self._tell(started=True, committed_blocks=self._holding.committed)
+
+    async def _publish(self, blocks: list[int], first: int) -> None:
+        before = self._holding.committed
+        await self._holding.publish(blocks, first)
+        self._report.reuse.published_bytes += (self._holding.committed - before) * self._seq.scope.layout.block_bytes
+        self._tell(committed_blocks=self._holding.committed)
+
+    def _tell(self, **news: object) -> None:
+        for name, value in news.items():
+            setattr(self._report, name, value)
+        self._changed.set()
+
+    async def reports(self, computing: asyncio.Task[None]) -> AsyncIterator[pb.FillReport]:
+        """Each report is whole and replaces the one before. Ends after the one that says done; raises what the
+        computation raised."""
+        computing.add_done_callback(lambda _: self._changed.set())
+        while not self._report.done:
+            await self._changed.wait()
+            self._changed.clear()
+            if computing.done():
+                computing.result()
+            report = pb.FillReport()
+            report.CopyFrom(self._report)
+            yield report
+
+    async def close(self) -> None:
+        await self._holding.close()
