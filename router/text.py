@@ -1,0 +1,98 @@
+"""Text to token ids: the model's tokenizer, its chat template, and the check of ids against the vocabulary."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from kvferry.common.errors import ConfigError, InvalidRequest
+from kvferry.router.detokenize import Detokenizer, StopScanner
+from kvferry.router.openai import Conversation, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INLINE_CHARS = 4096  # about 1 ms of tokenising; more goes to the thread
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
+    """The tokenizer of a local folder or a Hugging Face id. Reads files or the network. Raises ConfigError."""
+    from transformers import AutoTokenizer  # takes two seconds, so only who loads one pays
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    except Exception as error:  # tokenizers raises plain Exception for a broken file
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
+    return Tokenizer(tokenizer)
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise InvalidRequest for an empty prompt or an id that the model has no embedding for."""
+    if not token_ids:
+        raise InvalidRequest("the prompt has no tokens", "prompt")
+    if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise InvalidRequest(f"the prompt has a token id outside of the model's vocabulary of {vocab_size}", "prompt")
+
+
+class Tokenizer:
+    """One model's tokenizer. Encoding runs in one thread when it is long, so the event loop stays free."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self._tokenizer = tokenizer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self._special = frozenset(special | set(tokenizer.all_special_ids))
+        self._known = len(tokenizer)  # the model's embedding may have more rows; those ids have no text
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of any kind of prompt. Raises InvalidRequest."""
+        if isinstance(prompt, tuple):
+            return list(prompt)
+        length = len(prompt) if isinstance(prompt, str) else sum(len(turn.content) for turn in prompt.messages)
+        if length <= INLINE_CHARS:
+            return self.encode_now(prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode_now, prompt)
+
+    def encode_now(self, prompt: str | Conversation) -> list[int]:
+        """As `encode`, in the calling thread. A text gets the special tokens that the tokenizer adds, a conversation
+        those of its template."""
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt)
+        return self._tokenizer.encode(self._render(prompt), add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of whole token ids. Special tokens, and ids that the tokenizer does not know, have none."""
+        return self._decode_shown([token for token in token_ids if self._shows(token)])
+
+    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+        return Detokenizer(self._decode_shown, self._shows, StopScanner(stop))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _shows(self, token: int) -> bool:
+        return token < self._known and token not in self._special
+
+    def _decode_shown(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+
+    def _render(self, conversation: Conversation) -> str:
+        """The conversation as one text. A `developer` turn is told to the template as `system`, its older name, which
+        every template knows."""
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
+        turns = [
+            {"role": "system" if turn.role == "developer" else turn.role, "content": turn.content}
+            for turn in conversation.messages
+        ]
+        try:
+            return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InvalidRequest(f"the model's chat template refuses the messages: {error}", "messages") from error
