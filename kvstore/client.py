@@ -1,0 +1,311 @@
+"""A worker's `BlockStore`: the six verbs over a link to this host's node, which may come and go at any time."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from kvferry.common.errors import IncompatibleNode
+from kvferry.common.failpoints import Failpoints
+from kvferry.common.hashing import BlockName
+from kvferry.common.store_api import Claim, Match, MissReason, Payload, Reservation, StoreStats
+from kvferry.kvstore import protocol as say
+from kvferry.kvstore.copying import blocks_per_chunk, copy_in, copy_out
+from kvferry.kvstore.link import Link, Unreachable
+
+log = logging.getLogger(__name__)
+
+REPLY_S = 5.0  # a node that takes longer is treated as gone
+RECONNECT_FIRST_S = 0.05
+RECONNECT_MOST_S = 1.0
+SPEED_WEIGHT = 0.2  # of the newest chunk in `pull_bytes_per_s`
+
+NOT_THERE = Match(miss=MissReason.STORE_UNREACHABLE)
+T = TypeVar("T")
+
+
+class StoreClient:
+    """Implements `BlockStore`. Belongs to one event loop.
+
+    `block_bytes` 0 makes an observer: it may look up with `lease=False` and ask for stats. Counters for whoever
+    exports them: `pulled_bytes` and `published_bytes` (verified, committed), `bad_blocks` (seen here),
+    `pull_bytes_per_s` (moving average of copy and verification; 0 before the first pull), `connects`.
+    """
+
+    def __init__(self, socket: Path, block_bytes: int, segments: int, role: str, failpoints: Failpoints | None = None):
+        self.pulled_bytes = 0
+        self.published_bytes = 0
+        self.bad_blocks = 0
+        self.pull_bytes_per_s = 0.0
+        self.connects = 0
+        self._socket = socket
+        self._block_bytes = block_bytes
+        self._segments = segments
+        self._role = role
+        self._failpoints = failpoints or Failpoints()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="kvferry-copy")
+        self._link: Link | None = None
+        self._leases: dict[int, tuple[Link, int]] = {}  # our handle -> the link that gave it, the node's handle
+        self._last_lease = 0
+        self._keeper: asyncio.Task | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._link is not None and not self._link.lost.is_set()
+
+    async def start(self) -> None:
+        """Connect if the node is there, and keep connected from then on. Raises IncompatibleNode if it refuses us."""
+        try:
+            await self._connect()
+        except Unreachable as error:
+            log.info("the store is not there yet: %s", error)
+        self._keeper = asyncio.create_task(self._keep_connected())
+
+    async def close(self) -> None:
+        """Give everything back. Copies in flight end first; the arena is unmapped."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._link is not None:
+            await self._link.close()
+        self._leases.clear()
+        await asyncio.to_thread(self._threads.shutdown)
+
+    # -- the six verbs -------------------------------------------------------------------------------------------
+
+    async def lookup(self, names: Sequence[BlockName], *, wait_s: float = 0.0, lease: bool = True) -> Match:
+        if not names:
+            return Match()
+        wait_s = min(max(wait_s, 0.0), say.MAX_WAIT_S)
+        try:
+            link = self._current()
+            request = say.Lookup(link.next_id(), tuple(names[: say.MAX_NAMES]), wait_s, lease)
+            reply = await link.request(
+                request, say.Matched, REPLY_S + wait_s, lambda late: post_release(link, late.match.lease)
+            )
+        except Unreachable:
+            return NOT_THERE
+        match = reply.match
+        if link.arena is not None and any(not 0 <= block.slot < link.arena.slots for block in match.blocks):
+            link.drop("the store names a slot that its arena does not have")
+            return NOT_THERE
+        return Match(match.blocks, self._remember(link, match.lease), match.boot_id, match.miss)
+
+    async def reserve(self, names: Sequence[BlockName], *, parent: BlockName, tenant: str) -> Reservation:
+        names = tuple(names)
+        asked = names[: say.MAX_NAMES]
+        try:
+            link = self._current()
+            request = say.Reserve(link.next_id(), asked, parent, tenant)
+            reply = await link.request(
+                request, say.Reserved, REPLY_S, lambda late: post_release(link, late.reservation.lease)
+            )
+        except Unreachable:
+            return Reservation(names, (Claim.REFUSED,) * len(names))
+        got = reply.reservation
+        claims = got.claims + (Claim.REFUSED,) * (len(names) - len(asked))
+        return Reservation(names, claims, self._remember(link, got.lease), got.boot_id)
+
+    async def publish(self, reservation: Reservation, blocks: Sequence[Payload]) -> int:
+        self._require_block_sizes([block.data for block in blocks])
+        if not blocks or (held := self._leases.get(reservation.lease)) is None:
+            return 0
+        link, lease = held
+        try:
+            return await self._publish(link, lease, blocks[: say.MAX_NAMES])
+        except Unreachable:
+            return 0
+
+    async def pull(self, match: Match, into: Sequence[memoryview]) -> int:
+        if len(into) > len(match.blocks):
+            raise ValueError(f"{len(into)} destinations for a match of {len(match.blocks)} blocks")
+        self._require_block_sizes(into)
+        if (held := self._leases.get(match.lease)) is None:
+            return 0
+        link, _ = held
+        good = 0
+        step = blocks_per_chunk(self._block_bytes)
+        for start in range(0, len(into), step):
+            chunk = match.blocks[start : min(start + step, len(into))]
+            if link.lost.is_set() or link.arena is None:
+                break
+            pulled = await self._in_thread(link, copy_out, link.arena, chunk, into[start : start + len(chunk)])
+            self._count_pulled(pulled.good, pulled.seconds)
+            good += pulled.good
+            if pulled.good < len(chunk):
+                bad = chunk[pulled.good]
+                self.bad_blocks += 1
+                log.warning("a block in slot %d failed verification", bad.slot)
+                link.post(say.Quarantine(link.next_id(), bad.name, bad.slot))
+                break
+        return good
+
+    async def release(self, lease: int) -> bool:
+        if (held := self._leases.pop(lease, None)) is None:
+            return False
+        link, number = held
+        try:
+            reply = await link.request(say.Release(link.next_id(), number), say.Released, REPLY_S)
+        except Unreachable:
+            return False
+        return reply.held
+
+    async def stats(self) -> StoreStats:
+        try:
+            link = self._current()
+            return (await link.request(say.Stats(link.next_id()), say.Counted, REPLY_S)).stats
+        except Unreachable:
+            return StoreStats()
+
+    # -- publishing ----------------------------------------------------------------------------------------------
+
+    async def _publish(self, link: Link, lease: int, blocks: Sequence[Payload]) -> int:
+        """Grant, copy, commit. However this ends, the node is told of every slot that we no longer write."""
+        names = tuple([block.name for block in blocks])
+        request = say.Grant(link.next_id(), lease, names)
+        granted = await link.request(request, say.Granted, REPLY_S, lambda late: post_abort(link, late.slots))
+        unwritten = {slot for slot in granted.slots if slot is not None}
+        there = 0
+        try:
+            await self._failpoints.hit("publish.granted")
+            usable = next((i for i, claim in enumerate(granted.claims) if claim is Claim.REFUSED), len(names))
+            step = blocks_per_chunk(self._block_bytes)
+            for start in range(0, usable, step):
+                end = min(start + step, usable)
+                chunk = [(b, s) for b, s in zip(blocks[start:end], granted.slots[start:end], strict=True)
+                         if s is not None]  # fmt: skip
+                outcomes = await self._copy_and_commit(link, lease, chunk, unwritten)
+                if say.CommitOutcome.LATE in outcomes:
+                    late = chunk[outcomes.index(say.CommitOutcome.LATE)][0].name
+                    return names.index(late, start)
+                there = end
+            return there
+        finally:
+            post_abort(link, unwritten)
+
+    async def _copy_and_commit(
+        self, link: Link, lease: int, chunk: list[tuple[Payload, int]], unwritten: set[int]
+    ) -> tuple[say.CommitOutcome, ...]:
+        """Fill the slots of a chunk and commit them, which takes them out of `unwritten`."""
+        if not chunk:
+            return ()
+        if link.lost.is_set() or link.arena is None:
+            raise Unreachable("the connection is gone")
+        slots = [slot for _, slot in chunk]
+        payloads = [block.data for block, _ in chunk]
+        checksums = await self._in_thread(link, copy_in, link.arena, slots, payloads, self._segments)
+        await self._failpoints.hit("publish.copied")
+        written = tuple([say.Written(block.name, block.parent, slot, sums)
+                         for (block, slot), sums in zip(chunk, checksums, strict=True)])  # fmt: skip
+        unwritten.difference_update(slots)  # the commit ends them, whatever it is answered
+        reply = await link.request(say.Commit(link.next_id(), lease, written), say.Committed, REPLY_S)
+        self.published_bytes += reply.outcomes.count(say.CommitOutcome.COMMITTED) * self._block_bytes
+        return reply.outcomes
+
+    # -- copying -------------------------------------------------------------------------------------------------
+
+    async def _in_thread(self, link: Link, work: Callable[..., T], *args: object) -> T:
+        """Run a copy in a thread. Cancelled, it returns only once the thread has let go of all memory."""
+        with link.arena.in_use():
+            job = self._threads.submit(work, *args)
+            done = asyncio.wrap_future(job)
+            try:
+                return await asyncio.shield(done)
+            except asyncio.CancelledError:
+                if not job.cancel():
+                    await settled(done)
+                raise
+
+    def _count_pulled(self, blocks: int, seconds: float) -> None:
+        size = blocks * self._block_bytes
+        self.pulled_bytes += size
+        if size and seconds:
+            speed = size / seconds
+            weight = SPEED_WEIGHT if self.pull_bytes_per_s else 1.0
+            self.pull_bytes_per_s += weight * (speed - self.pull_bytes_per_s)
+
+    def _require_block_sizes(self, parts: Sequence[memoryview]) -> None:
+        for part in parts:
+            if part.nbytes != self._block_bytes or not part.c_contiguous:
+                raise ValueError(f"a block has {self._block_bytes} contiguous bytes, not {part.nbytes}")
+
+    # -- the connection ------------------------------------------------------------------------------------------
+
+    def _current(self) -> Link:
+        if self._link is None:
+            raise Unreachable("not connected")
+        return self._link
+
+    def _remember(self, link: Link, lease: int) -> int:
+        """Our handle for a lease that the node gave us. The node's numbers start anew with each node, ours never."""
+        if not lease:
+            return 0
+        self._last_lease += 1
+        if not link.lost.is_set():
+            self._leases[self._last_lease] = (link, lease)
+        return self._last_lease
+
+    async def _connect(self) -> None:
+        self._link = await Link.open(self._socket, self._role, self._block_bytes)
+        self.connects += 1
+        log.info("connected to the store at %s", self._socket)
+
+    async def _keep_connected(self) -> None:
+        delay = RECONNECT_FIRST_S
+        told = ""
+        while True:
+            if self._link is None:
+                try:
+                    await self._connect()
+                except Unreachable as error:
+                    log.debug("%s", error)
+                except IncompatibleNode as error:
+                    if str(error) != told:
+                        told = str(error)
+                        log.error("the store refuses this worker, which goes on without it: %s", told)
+            if self._link is None:
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, RECONNECT_MOST_S)
+                continue
+            delay, told = RECONNECT_FIRST_S, ""
+            link = self._link
+            await beat(link)
+            await link.close()
+            self._link = None
+            self._leases = {ours: held for ours, held in self._leases.items() if held[0] is not link}
+
+
+async def beat(link: Link) -> None:
+    """Keep the connection's leases alive until it is lost."""
+    while not link.lost.is_set():
+        try:
+            async with asyncio.timeout(link.welcome.lease_s / 3):
+                await link.lost.wait()
+        except TimeoutError:
+            try:
+                await link.request(say.Renew(link.next_id()), say.Done, REPLY_S)
+            except Unreachable:
+                return
+
+
+async def settled(future: asyncio.Future) -> None:
+    """Wait until `future` is done, through any number of cancellations. The caller is being cancelled already."""
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            continue
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.error("a cancelled copy failed: %r", error)
+
+
+def post_release(link: Link, lease: int) -> None:
+    if lease:
+        link.post(say.Release(link.next_id(), lease))
+
+
+def post_abort(link: Link, slots: Iterable[int | None]) -> None:
+    if slots := tuple([slot for slot in slots if slot is not None]):
+        link.post(say.Abort(link.next_id(), slots))

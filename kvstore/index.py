@@ -1,0 +1,373 @@
+"""The store's mind: which name has which slot, who leases it, who may write. Pure: no I/O, no tasks, injected time.
+
+    absent -> reserved (a name, an owner, no slot) -> writing (slot granted) -> committed -> evicted
+
+Leases expire by connection: every sign of life pushes the connection's expiry forward, and when it passes, all its
+leases and reservations lapse at once, for good. A lease pins committed blocks (found by a look-up, or committed under
+a reservation) and holds the names reserved under it.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from kvferry.common.clock import Clock
+from kvferry.common.hashing import BlockName
+from kvferry.common.store_api import Claim, Match, MissReason, Reservation, StoreStats
+from kvferry.kvstore.catalog import Catalog, Committed
+from kvferry.kvstore.eviction import EvictionPolicy
+from kvferry.kvstore.protocol import MAX_NAMES, CommitOutcome, ProtocolError, Written
+from kvferry.kvstore.slots import SlotTable, Writing
+
+COUNTERS = (
+    "published",
+    "already_there",
+    "publish_dropped",
+    "late_commits",
+    "bad_blocks",
+    "evicted",
+    "lookups",
+    "blocks_looked_up",
+    "blocks_found",
+)
+
+
+class _Connection(msgspec.Struct, eq=False):
+    expires: float
+    leases: dict[int, "_Lease"] = {}
+    reserved: int = 0  # names reserved, with or without a slot
+    writing: int = 0  # slots in writing, also those whose reservation is gone
+
+
+class _Lease(msgspec.Struct, eq=False):
+    """`pinned` may hold blocks that were quarantined since; unpinning those is harmless."""
+
+    connection: _Connection
+    pinned: list[Committed] = []
+    pending: dict[BlockName, "_Pending"] = {}
+
+
+class _Pending(msgspec.Struct, eq=False):
+    """A name that somebody is computing. Reserved while `writing` is None."""
+
+    name: BlockName
+    parent: BlockName
+    tenant: str
+    lease: _Lease
+    writing: Writing | None = None
+
+
+class Index:
+    """All methods are synchronous and atomic. Connections and leases are numbers that are never used again."""
+
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        clock: Clock,
+        *,
+        lease_s: float,
+        writing_per_connection: int,
+        boot_id: bytes,
+    ):
+        self.changes = 0  # grows with every change, so that an idle node knows whether to check again
+        self._clock = clock
+        self._block_bytes = 0
+        self._lease_s = lease_s
+        self._writing_per_connection = writing_per_connection
+        self._boot_id = boot_id
+        self._table = SlotTable()
+        self._catalog = Catalog(self._table, policy)
+        self._pending: dict[BlockName, _Pending] = {}
+        self._connections: dict[int, _Connection] = {}
+        self._settled: list[BlockName] = []
+        self._serial = 0
+        self._counts = dict.fromkeys(COUNTERS, 0)
+
+    def divide(self, slots: int, block_bytes: int) -> None:
+        """Say, once, how many slots the arena has. Before that there is nothing to grant and nothing to find."""
+        self._table.divide(slots)
+        self._block_bytes = block_bytes
+
+    # -- connections ---------------------------------------------------------------------------------------------
+
+    def connect(self) -> int:
+        self.tick()
+        self._serial += 1
+        self._connections[self._serial] = _Connection(self._clock.now() + self._lease_s)
+        return self._serial
+
+    def renew(self, connection: int) -> None:
+        """A sign of life. What lapsed before it stays lapsed."""
+        self.tick()
+        self._connections[connection].expires = self._clock.now() + self._lease_s
+
+    def disconnect(self, connection: int) -> None:
+        """The socket closed: everything goes back at once, except slots in writing, which follow a second later."""
+        self.tick()
+        self._lapse(self._connections.pop(connection))
+        self._table.orphan(connection, self._clock.now())
+
+    def tick(self) -> None:
+        """Let lapse and reclaim what is due. Every other method does so first; call this when nothing happens."""
+        now = self._clock.now()
+        for connection in self._connections.values():
+            if connection.expires <= now and connection.leases:
+                self._lapse(connection)
+        if self._table.reclaim(now):
+            self.changes += 1
+
+    def take_settled(self) -> list[BlockName]:
+        """Names that ceased to be computed since the last call, committed or not: whoever waits may look again."""
+        settled, self._settled = self._settled, []
+        return settled
+
+    # -- looking up ----------------------------------------------------------------------------------------------
+
+    def lookup(self, connection: int, names: Sequence[BlockName], *, lease: bool) -> Match:
+        """The leading committed names. `lease=False` changes nothing: no lease, no recency, no counter."""
+        self.tick()
+        found = self._catalog.leading(names)
+        blocks = tuple([block.located() for block in found])
+        miss = None
+        if len(found) < len(names):
+            first = names[len(found)]
+            miss = MissReason.BEING_WRITTEN if first in self._pending else self._catalog.why_missing(first)
+        if not lease:
+            return Match(blocks, 0, self._boot_id, miss)
+        self._counts["lookups"] += 1
+        self._counts["blocks_looked_up"] += len(names)
+        self._counts["blocks_found"] += len(found)
+        if not found:
+            return Match((), 0, self._boot_id, miss)
+        number, held = self._new_lease(connection)
+        for block in found:
+            self._pin(held, block)
+        return Match(blocks, number, self._boot_id, miss)
+
+    def computed_by_other(self, connection: int, names: Sequence[BlockName]) -> BlockName | None:
+        """The first missing name, if another connection is computing it."""
+        self.tick()
+        first = next((name for name in names if name not in self._catalog), None)
+        pending = None if first is None else self._pending.get(first)
+        if pending is None or pending.lease.connection is self._connections[connection]:
+            return None
+        return first
+
+    # -- computing and publishing --------------------------------------------------------------------------------
+
+    def reserve(self, connection: int, names: Sequence[BlockName], *, parent: BlockName, tenant: str) -> Reservation:
+        self.tick()
+        owner = self._connections[connection]
+        number, lease = self._new_lease(connection)
+        claims = []
+        for name in names:
+            if name == parent:
+                raise ProtocolError("a block cannot be its own parent")
+            if (block := self._catalog.get(name)) is not None:
+                self._pin(lease, block)
+                claims.append(Claim.PRESENT)
+            elif name in self._pending:
+                claims.append(Claim.TAKEN)
+            elif owner.reserved >= MAX_NAMES:
+                claims.append(Claim.REFUSED)
+            else:
+                self._pending[name] = lease.pending[name] = _Pending(name, parent, tenant, lease)
+                owner.reserved += 1
+                claims.append(Claim.GRANTED)
+            parent = name
+        if not lease.pinned and not lease.pending:
+            del owner.leases[number]
+            number = 0
+        return Reservation(tuple(names), tuple(claims), number, self._boot_id)
+
+    def grant(
+        self, connection: int, lease: int, names: Sequence[BlockName]
+    ) -> tuple[tuple[Claim, ...], tuple[int | None, ...]]:
+        """Slots for names reserved under `lease`, in order, until one cannot be had. A name that gets none is no
+        longer reserved, nor are those after it: their publisher drops them, so nobody should wait for them."""
+        self.tick()
+        owner = self._connections[connection]
+        held = owner.leases.get(lease)
+        claims: list[Claim] = []
+        slots: list[int | None] = []
+        going = True
+        for name in names:
+            pending = None if held is None else held.pending.get(name)
+            mine = pending is not None and pending.writing is None
+            if going and name in self._catalog:
+                self._counts["already_there"] += 1
+                claims.append(Claim.PRESENT)
+                slots.append(None)
+            elif going and mine and self._make_room(owner, pending.tenant):
+                pending.writing = self._table.grant(name, pending.tenant, connection)
+                owner.writing += 1
+                claims.append(Claim.GRANTED)
+                slots.append(pending.writing.slot)
+            else:
+                going = False
+                self._counts["publish_dropped"] += 1
+                if mine:
+                    self._withdraw(pending)
+                claims.append(Claim.REFUSED)
+                slots.append(None)
+        self.changes += 1
+        return tuple(claims), tuple(slots)
+
+    def commit(self, connection: int, lease: int, blocks: Sequence[Written]) -> tuple[CommitOutcome, ...]:
+        """Make written slots visible, leased by `lease`. Raises ProtocolError at a slot that this connection does
+        not write, or at a lease, name or parent other than those it was granted for."""
+        self.tick()
+        self.changes += 1
+        return tuple([self._commit_one(connection, lease, block) for block in blocks])
+
+    def abort(self, connection: int, slots: Sequence[int]) -> None:
+        """The owner no longer writes to these slots. Raises ProtocolError at one that it was not granted."""
+        self.tick()
+        self.changes += 1
+        for slot in slots:
+            writing = self._writing_of(connection, slot)
+            pending = self._pending.get(writing.name)
+            if pending is not None and pending.writing is writing:
+                self._withdraw(pending)
+            self._table.abort(writing)
+            self._connections[connection].writing -= 1
+
+    def release(self, connection: int, lease: int) -> bool:
+        """End a lease and everything reserved under it. False when there is no such lease (any more). Slots granted
+        under it stay in writing until their commit or abort."""
+        self.tick()
+        held = self._connections[connection].leases.pop(lease, None)
+        if held is None:
+            return False
+        self._drop(held)
+        return True
+
+    def quarantine(self, name: BlockName, slot: int) -> bool:
+        """Take a bad block out, if `name` is in `slot` still."""
+        self.tick()
+        self.changes += 1
+        taken_out = self._catalog.quarantine(name, slot)
+        self._counts["bad_blocks"] += taken_out
+        return taken_out
+
+    # -- numbers and truth ---------------------------------------------------------------------------------------
+
+    def stats(self) -> StoreStats:
+        self.tick()
+        table = self._table
+        by_tenant: dict[str, int] = {}
+        for tenant in table.committed.values():
+            by_tenant[tenant] = by_tenant.get(tenant, 0) + 1
+        return StoreStats(
+            boot_id=self._boot_id,
+            block_bytes=self._block_bytes,
+            slots=table.slots,
+            free=len(table.free),
+            writing=len(table.writing),
+            committed=len(table.committed),
+            quarantined=len(table.quarantined),
+            reserved=sum(pending.writing is None for pending in self._pending.values()),
+            leases=sum(len(connection.leases) for connection in self._connections.values()),
+            connections=len(self._connections),
+            committed_by_tenant=by_tenant,
+            **self._counts,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError at the first thing that does not hold."""
+        pins: dict[int, int] = {}
+        pending: list[_Pending] = []
+        for number, connection in self._connections.items():
+            owned = [p for lease in connection.leases.values() for p in lease.pending.values()]
+            writing = sum(writing.owner == number for writing in self._table.writing.values())
+            if connection.reserved != len(owned) or connection.writing != writing:
+                raise RuntimeError(
+                    f"connection {number} counts {connection.reserved} reserved and {connection.writing} writing; "
+                    f"it has {len(owned)} and {writing}"
+                )
+            pending += owned
+            for lease in connection.leases.values():
+                for block in lease.pinned:
+                    pins[id(block)] = pins.get(id(block), 0) + 1
+        self._catalog.check_integrity(pins)
+        if len(pending) != len(self._pending) or any(self._pending.get(p.name) is not p for p in pending):
+            raise RuntimeError("the leases and the index disagree on what is being computed")
+        if any(p.writing is not None and self._table.writing.get(p.writing.slot) is not p.writing for p in pending):
+            raise RuntimeError("a name is being written to a slot that is not in writing")
+        if any(p.name in self._catalog for p in pending):
+            raise RuntimeError("a name is committed and being computed at once")
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _new_lease(self, connection: int) -> tuple[int, _Lease]:
+        self.changes += 1
+        self._serial += 1
+        owner = self._connections[connection]
+        lease = owner.leases[self._serial] = _Lease(owner)
+        return self._serial, lease
+
+    def _pin(self, lease: _Lease, block: Committed) -> None:
+        self._catalog.pin(block, self._clock.now())
+        lease.pinned.append(block)
+
+    def _lapse(self, connection: _Connection) -> None:
+        leases, connection.leases = connection.leases, {}
+        for lease in leases.values():
+            self._drop(lease)
+        self.changes += 1
+
+    def _drop(self, lease: _Lease) -> None:
+        """Give back what a lease holds that its connection no longer lists."""
+        self.changes += 1
+        for block in lease.pinned:
+            self._catalog.unpin(block)
+        for pending in list(lease.pending.values()):
+            self._withdraw(pending)
+
+    def _withdraw(self, pending: _Pending) -> None:
+        """Nobody computes this name any more. A slot granted for it stays in writing."""
+        del self._pending[pending.name], pending.lease.pending[pending.name]
+        pending.lease.connection.reserved -= 1
+        self._settled.append(pending.name)
+
+    def _make_room(self, owner: _Connection, tenant: str) -> bool:
+        """Whether `owner` may write one more slot and one is free, by eviction if need be."""
+        if owner.writing >= self._writing_per_connection:
+            return False
+        if self._table.free:
+            return True
+        evicted = self._catalog.evict_for(tenant)
+        self._counts["evicted"] += evicted
+        return evicted
+
+    def _writing_of(self, connection: int, slot: int) -> Writing:
+        writing = self._table.writing.get(slot)
+        if writing is None or writing.owner != connection:
+            raise ProtocolError(f"slot {slot} is not being written by this connection")
+        return writing
+
+    def _commit_one(self, connection: int, lease: int, block: Written) -> CommitOutcome:
+        writing = self._writing_of(connection, block.slot)
+        if writing.name != block.name:
+            raise ProtocolError(f"slot {block.slot} was granted for another name")
+        pending = self._pending.get(block.name)
+        owner = self._connections[connection]
+        if pending is not None and pending.writing is writing:
+            if pending.lease is not owner.leases.get(lease) or pending.parent != block.parent:
+                raise ProtocolError(f"slot {block.slot} was granted under another lease or for another parent")
+            self._withdraw(pending)
+            self._table.commit(writing)
+            owner.writing -= 1
+            now = self._clock.now()
+            entry = Committed(block.name, block.parent, writing.tenant, block.slot, tuple(block.checksums), now)
+            self._catalog.add(entry)
+            self._pin(pending.lease, entry)
+            self._counts["published"] += 1
+            return CommitOutcome.COMMITTED
+        self._table.abort(writing)
+        owner.writing -= 1
+        if block.name in self._catalog:
+            self._counts["already_there"] += 1
+            return CommitOutcome.PRESENT
+        self._counts["late_commits"] += 1
+        return CommitOutcome.LATE

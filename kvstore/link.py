@@ -1,0 +1,210 @@
+"""One connection to a store node: the hello, the mapped arena, and requests that do not wait for one another.
+
+A link lives once. When it breaks, every request on it fails with `Unreachable` and the next link starts with nothing.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from kvferry.common.errors import IncompatibleNode
+from kvferry.kvstore import protocol as say
+from kvferry.kvstore.arena import ArenaMap
+from kvferry.kvstore.protocol import ProtocolError
+
+log = logging.getLogger(__name__)
+
+HELLO_S = 5.0
+
+R = TypeVar("R", bound=say.Reply)
+
+
+class Unreachable(Exception):
+    """The store is not there, or not there any more. Never leaves this room."""
+
+
+class Link:
+    """`arena` is None for an observer. `lost` is set once the connection is gone, for whatever reason."""
+
+    def __init__(
+        self,
+        welcome: say.Welcome,
+        arena: ArenaMap | None,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ):
+        self.welcome = welcome
+        self.arena = arena
+        self.lost = asyncio.Event()
+        self._reader = reader
+        self._writer = writer
+        self._ids = itertools.count(1)
+        self._replies: dict[int, asyncio.Future[say.Reply]] = {}
+        self._abandoned: dict[int, tuple[type[say.Reply], Callable]] = {}
+        self._reading = asyncio.create_task(self._read())
+
+    @classmethod
+    async def open(cls, path: Path, role: str, block_bytes: int) -> "Link":
+        """Connect and say hello. Raises Unreachable, or IncompatibleNode when the node will not have us."""
+        peer = socket.socket(socket.AF_UNIX)
+        peer.setblocking(False)
+        fd = None
+        arena = None
+        try:
+            async with asyncio.timeout(HELLO_S):
+                await asyncio.get_running_loop().sock_connect(peer, str(path))
+                welcome, fd = await greet(peer, say.Hello(say.VERSION, role, block_bytes))
+            if block_bytes:
+                if fd is None or welcome.block_bytes != block_bytes:
+                    raise ProtocolError("the node's welcome brings no arena for our blocks")
+                arena = ArenaMap(fd, welcome.slots, welcome.block_bytes, welcome.slot_stride)
+            reader, writer = await asyncio.open_unix_connection(sock=peer)
+        except BaseException as error:
+            peer.close()
+            if arena is not None:
+                arena.retire()
+            if isinstance(error, (OSError, EOFError, ProtocolError)):  # TimeoutError is an OSError
+                raise Unreachable(f"{path}: {error}") from error
+            raise
+        finally:
+            if fd is not None:
+                os.close(fd)
+        return cls(welcome, arena, reader, writer)
+
+    async def request(
+        self, message: say.Request, expect: type[R], timeout_s: float, if_abandoned: Callable[[R], None] | None = None
+    ) -> R:
+        """The reply to `message`, which carries an id from `next_id`. Raises Unreachable.
+
+        No reply in time breaks the link (a node that hangs is a node that is gone), and so does a reply of another
+        type than `expect`. If the caller is cancelled, the reply goes to `if_abandoned`, which gives back what it
+        brought.
+        """
+        if self.lost.is_set():
+            raise Unreachable("the connection is gone")
+        reply = self._replies[message.id] = asyncio.get_running_loop().create_future()
+        self._write(message)
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await reply
+            if not isinstance(answer, expect):
+                self.drop(f"a {type(message).__name__.lower()} was answered by a {type(answer).__name__.lower()}")
+                raise Unreachable("the store does not make sense")
+            return answer
+        except TimeoutError:
+            self.drop(f"no answer to a {type(message).__name__.lower()} within {timeout_s:.1f} s")
+            raise Unreachable("the store does not answer") from None
+        except asyncio.CancelledError:
+            if if_abandoned is not None and not self.lost.is_set():
+                if reply.done() and not reply.cancelled():
+                    if_abandoned(reply.result())
+                else:
+                    self._abandoned[message.id] = (expect, if_abandoned)
+            raise
+        finally:
+            self._replies.pop(message.id, None)
+
+    def post(self, message: say.Request) -> None:
+        """Send a message whose reply nobody needs."""
+        if not self.lost.is_set():
+            self._write(message)
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def drop(self, reason: str) -> None:
+        """Give the connection up: fail what is pending, close the socket, unmap the arena when no copy uses it."""
+        if self.lost.is_set():
+            return
+        self.lost.set()
+        log.info("the connection to the store ended: %s", reason)
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(Unreachable(reason))
+        self._abandoned.clear()
+        self._writer.transport.abort()
+        if self.arena is not None:
+            self.arena.retire()
+
+    async def close(self) -> None:
+        """Drop the connection and wait for the reader to end."""
+        self.drop("closed")
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
+
+    def _write(self, message: say.Request) -> None:
+        # No drain: what is in flight is bounded by our own requests, each of which waits for its reply.
+        self._writer.write(say.encode(message))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                reply = say.decode("reply", await say.read_frame(self._reader))
+                if isinstance(reply, say.Refused):
+                    log.error("the store refused us: %s", reply.reason)
+                    return self.drop(reply.reason)
+                waiting = self._replies.get(reply.id)
+                if waiting is not None:
+                    if not waiting.done():
+                        waiting.set_result(reply)
+                elif reply.id in self._abandoned:
+                    expect, give_back = self._abandoned.pop(reply.id)
+                    if isinstance(reply, expect):
+                        give_back(reply)
+        except (ProtocolError, EOFError, OSError) as error:
+            self.drop(repr(error))
+        finally:
+            self.drop("the reader ended")
+
+
+async def greet(peer: socket.socket, hello: say.Hello) -> tuple[say.Welcome, int | None]:
+    """Say hello on a fresh socket; the welcome, and the arena's fd (the caller's to close) if one came.
+
+    Raises IncompatibleNode with the node's words, OSError, EOFError or ProtocolError.
+    """
+    await asyncio.get_running_loop().sock_sendall(peer, say.encode(hello))
+    header, fds = await receive(peer, say.LENGTH.size, fds=1)
+    try:
+        body, _ = await receive(peer, say.body_length(header))
+        greeting = say.decode("greeting", body)
+        if isinstance(greeting, say.Refused):
+            raise (IncompatibleNode if greeting.incompatible else ProtocolError)(greeting.reason)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return greeting, fds[0] if fds else None
+
+
+async def receive(peer: socket.socket, size: int, fds: int = 0) -> tuple[bytes, list[int]]:
+    """Exactly `size` bytes from a non-blocking socket and the file descriptors that come with them (at most `fds`)."""
+    data = bytearray()
+    got: list[int] = []
+    try:
+        while len(data) < size:
+            await readable(peer)
+            piece, more, _, _ = socket.recv_fds(peer, size - len(data), fds, socket.MSG_CMSG_CLOEXEC)
+            got += more
+            if not piece:
+                raise EOFError("the store closed the connection")
+            data += piece
+    except BaseException:
+        for fd in got:
+            os.close(fd)
+        raise
+    return bytes(data), got
+
+
+async def readable(peer: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(peer, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(peer)

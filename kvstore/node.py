@@ -1,0 +1,243 @@
+"""The store node: one process a host, which owns the arena and answers over a unix socket.
+
+It moves no block bytes; it only says who may read and write which slot. Each connection is a task of its own. The
+index is touched by the event loop alone and by one message at a time, so it needs no lock.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+
+from kvferry.common.block import slot_stride
+from kvferry.common.clock import MonotonicClock
+from kvferry.common.config import StoreConfig
+from kvferry.common.errors import ConfigError
+from kvferry.common.process import Notifier
+from kvferry.kvstore import protocol as say
+from kvferry.kvstore.arena import create_arena
+from kvferry.kvstore.conversation import Conversation, Waiters
+from kvferry.kvstore.eviction import FairLru
+from kvferry.kvstore.index import Index
+from kvferry.kvstore.protocol import ProtocolError
+
+log = logging.getLogger(__name__)
+
+HELLO_S = 5.0  # a connection that has not said hello by then is closed
+QUIET_S = 1.0  # so long without a change, and the index checks itself
+CHECK_EVERY_S = 5.0  # but not more often than this
+
+
+async def serve(config: StoreConfig, notifier: Notifier, stop: asyncio.Event) -> None:
+    """Run a node until `stop` is set; then close every connection and remove the socket.
+
+    Raises ConfigError when the socket or the memory cannot be had, RuntimeError when the index finds itself damaged.
+    """
+    await refuse_if_answered(config)
+    arena = await create_arena(config.size_bytes, lambda done, total: notifier.progress("prefault", done, total))
+    try:
+        await refuse_if_answered(config)
+        listener = listen(config)
+        inode = os.stat(config.socket).st_ino
+        try:
+            node = Node(config, arena)
+            notifier.ready()
+            log.info("store of %d bytes at %s", config.size_bytes, config.socket)
+            await node.run(listener, stop)
+        finally:
+            listener.close()
+            remove_socket(config, inode)
+    finally:
+        os.close(arena)
+
+
+async def refuse_if_answered(config: StoreConfig) -> None:
+    """Raise ConfigError if a live process listens at the socket; remove what a dead one left."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(probe, str(config.socket))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            config.socket.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass  # alive, with a full backlog
+        except OSError as error:
+            raise ConfigError(f"{config.socket} cannot be used as the store's socket: {error.strerror}") from error
+    raise ConfigError(f"another store answers at {config.socket}; stop it first or give another --socket")
+
+
+def listen(config: StoreConfig) -> socket.socket:
+    """A listening socket at the path, for this user alone. Raises ConfigError."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.setblocking(False)
+        listener.bind(str(config.socket))
+        os.chmod(config.socket, 0o600)  # before listen: nobody can have connected yet
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen at {config.socket}: {error.strerror}") from error
+    return listener
+
+
+def remove_socket(config: StoreConfig, inode: int) -> None:
+    """Remove our socket file; not one that somebody else has put there since."""
+    try:
+        if os.stat(config.socket).st_ino == inode:
+            config.socket.unlink()
+    except FileNotFoundError:
+        log.warning("the socket %s was removed while the store ran", config.socket)
+
+
+class Node:
+    """One arena, one index, all connections. `arena` is the fd, which stays the caller's."""
+
+    def __init__(self, config: StoreConfig, arena: int):
+        self._config = config
+        self._arena = arena
+        self._boot_id = os.urandom(16)
+        self._block_bytes = 0  # fixed by the first worker
+        self._slots = 0
+        self._clock = MonotonicClock()
+        self._index = Index(
+            FairLru(),
+            self._clock,
+            lease_s=config.lease_s,
+            writing_per_connection=config.writing_per_connection,
+            boot_id=self._boot_id,
+        )
+        self._waiters = Waiters(self._index)
+        self._connections: set[asyncio.Task] = set()
+
+    async def run(self, listener: socket.socket, stop: asyncio.Event) -> None:
+        tasks = [
+            asyncio.create_task(stop.wait()),
+            asyncio.create_task(self._accept(listener)),
+            asyncio.create_task(self._keep_house()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (*tasks, *self._connections):
+                task.cancel()
+            results = await asyncio.gather(*tasks, *self._connections, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                peer, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
+                    raise
+                log.error("cannot accept a connection: %s", error.strerror)
+                await asyncio.sleep(0.1)
+                continue
+            task = asyncio.create_task(self._serve_peer(peer))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _keep_house(self) -> None:
+        """Let silent connections lapse, reclaim slots, and check the index when nothing happens."""
+        step = min(0.25, self._config.lease_s / 4)
+        checked = changes = self._index.changes
+        changed_at = checked_at = self._clock.now()
+        while True:
+            await asyncio.sleep(step)
+            self._index.tick()
+            self._waiters.wake()
+            now = self._clock.now()
+            if self._index.changes != changes:
+                changes, changed_at = self._index.changes, now
+            elif changes != checked and now - changed_at >= QUIET_S and now - checked_at >= CHECK_EVERY_S:
+                self._check()
+                checked, checked_at = changes, self._clock.now()
+
+    def _check(self) -> None:
+        try:
+            self._index.check_integrity()
+        except RuntimeError:
+            log.critical("the index is damaged; ending, so that nothing wrong is served", exc_info=True)
+            raise
+
+    # -- one connection ------------------------------------------------------------------------------------------
+
+    async def _serve_peer(self, peer: socket.socket) -> None:
+        """One connection from hello to close. Whatever it sends, nobody else is harmed."""
+        peer.setblocking(False)
+        try:
+            async with asyncio.timeout(HELLO_S):
+                hello = await self._greet(peer)
+            if hello is None:
+                peer.close()
+                return
+            reader, writer = await asyncio.open_unix_connection(sock=peer)  # it owns the socket from here on
+        except (ProtocolError, EOFError, OSError) as error:
+            peer.close()
+            log.info("a connection ended before its hello was answered: %r", error)
+            return
+        except BaseException:
+            peer.close()
+            raise
+        try:
+            await Conversation(self._index, self._waiters, hello, reader, writer).run()
+        finally:
+            writer.close()
+
+    async def _greet(self, peer: socket.socket) -> say.Hello | None:
+        """Answer the hello: with a welcome and the arena, or with a refusal (None)."""
+        loop = asyncio.get_running_loop()
+        length = say.body_length(await receive_exactly(peer, say.LENGTH.size))
+        hello = say.decode("hello", await receive_exactly(peer, length))
+        if problem := self._problem_with(hello):
+            log.warning("refused a %s: %s", hello.role or "client", problem)
+            await loop.sock_sendall(peer, say.encode(say.Refused(problem, incompatible=True)))
+            return None
+        if hello.block_bytes and not self._block_bytes:
+            self._block_bytes = hello.block_bytes
+            self._slots = self._slots_of(hello.block_bytes)
+            self._index.divide(self._slots, hello.block_bytes)
+            log.info("the arena has %d slots for blocks of %d bytes", self._slots, hello.block_bytes)
+        stride = slot_stride(self._block_bytes)
+        lease_s = self._config.lease_s
+        welcome = say.encode(say.Welcome(self._boot_id, self._slots, self._block_bytes, stride, lease_s))
+        fds = [self._arena] if hello.block_bytes else []
+        # A fresh socket's buffer takes a frame this small whole and at once.
+        if socket.send_fds(peer, [welcome], fds) != len(welcome):
+            raise ProtocolError("the welcome was cut short")
+        return hello
+
+    def _slots_of(self, block_bytes: int) -> int:
+        return self._config.size_bytes // slot_stride(block_bytes)
+
+    def _problem_with(self, hello: say.Hello) -> str:
+        if hello.version != say.VERSION:
+            return f"this store speaks protocol version {say.VERSION}, you speak {hello.version}"
+        if not hello.block_bytes:
+            return ""
+        if self._block_bytes and hello.block_bytes != self._block_bytes:
+            return (
+                f"this node's blocks have {self._block_bytes} bytes, yours {hello.block_bytes}: model, dtype, block "
+                "size or layout differ; start another store for them"
+            )
+        if not self._slots_of(hello.block_bytes):
+            return f"a block of {hello.block_bytes} bytes does not fit an arena of {self._config.size_bytes} bytes"
+        return ""
+
+
+async def receive_exactly(peer: socket.socket, size: int) -> bytes:
+    """`size` bytes from a non-blocking socket. Raises EOFError."""
+    loop = asyncio.get_running_loop()
+    data = bytearray()
+    while len(data) < size:
+        if not (piece := await loop.sock_recv(peer, size - len(data))):
+            raise EOFError(f"the connection closed after {len(data)} of {size} bytes")
+        data += piece
+    return bytes(data)
