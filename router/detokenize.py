@@ -7,9 +7,8 @@ may be the beginning of a stop string.
 from collections.abc import Callable, Iterable, Sequence
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet
-MAX_HELD = 3  # bytes of an unfinished UTF-8 character; a decoder shows one replacement for all or for each
+MAX_HELD = 3  # tokens of an unfinished UTF-8 character: four bytes finish or spoil any
 MAX_WINDOW = 12  # tokens decoded together; more than two characters can have
-MIN_CONTEXT = 1
 
 
 class Detokenizer:
@@ -39,34 +38,36 @@ class Detokenizer:
         if self.stopped:
             return "", True
         self._window += [token for token in token_ids if self._shows(token)]
-        text = self._decode(self._window)
-        ready = self._stops.push(self._take(text, len(text) - _unfinished(text)))
-        self._shorten(text)
+        for held in range(MAX_HELD + 1):
+            certain = self._window[: max(len(self._window) - held, 0)]
+            text = self._decode(certain)
+            if not text.endswith(REPLACEMENT):
+                break
+        ready = self._stops.push(self._take(text))
+        self._shorten(certain, text)
         return ready, self.stopped
 
     def finish(self) -> str:
         """The rest: the stream ends here, so what was held can no longer become anything else."""
         if self.stopped:
             return ""
-        text = self._decode(self._window)
-        return self._stops.push(self._take(text, len(text))) + self._stops.finish()
+        return self._stops.push(self._take(self._decode(self._window))) + self._stops.finish()
 
-    def _take(self, text: str, end: int) -> str:
-        taken = text[self._sent : end]
+    def _take(self, text: str) -> str:
+        taken = text[self._sent :]
         self._sent += len(taken)
         return taken
 
-    def _shorten(self, text: str) -> None:
-        """Drop the longest part of the window that the text after it does not depend on."""
-        if len(self._window) <= MAX_WINDOW:
+    def _shorten(self, certain: list[int], text: str) -> None:
+        """Drop the longest part of the window that the text after it does not depend on. `text` is that of the tokens
+        in `certain`, the window without what is held."""
+        if len(certain) <= MAX_WINDOW:
             return
-        for cut in range(len(self._window) - MIN_CONTEXT, 0, -1):
-            before, after = self._decode(self._window[:cut]), self._decode(self._window[cut:])
-            dropped = len(text) - len(after)
-            # a decoder that strips a text's first space loses it at a cut
-            if text in (before + after, f"{before} {after}") and dropped <= self._sent:
+        for cut in range(len(certain) - 1, 0, -1):
+            before, after = self._decode(certain[:cut]), self._decode(certain[cut:])
+            if text in (before + after, f"{before} {after}"):  # some decoders strip the space that a text begins with
                 del self._window[:cut]
-                self._sent -= dropped
+                self._sent -= len(text) - len(after)
                 return
 
 
@@ -114,14 +115,6 @@ class StopScanner:
             if state == len(stop) > complete:
                 complete, self.found = state, stop
         return complete or None
-
-
-def _unfinished(text: str) -> int:
-    """How many characters at the end may be part of a character that is still to come."""
-    count = 0
-    while count < MAX_HELD and text.endswith(REPLACEMENT, 0, len(text) - count):
-        count += 1
-    return count
 
 
 def _failure_table(pattern: str) -> list[int]:

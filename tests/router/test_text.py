@@ -1,0 +1,191 @@
+"""Detokenising and stop strings: whatever the chunks, the pieces add up to the whole."""
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from kvferry.cli.demo_model import byte_tokenizer
+from kvferry.common.errors import ConfigError, InvalidRequest
+from kvferry.router.detokenize import MAX_WINDOW, StopScanner
+from kvferry.router.openai import Conversation, Message
+from kvferry.router.text import Tokenizer, check_token_ids, load_tokenizer
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: words with a leading space mark, bytes for what is not in the vocabulary."""
+    words = ["\u2581", *"abcdeh \u00e9\u2581", "\u2581a", "he", "\u2581he"]
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
+    for word in words:
+        vocab.setdefault(word, len(vocab))
+    merges = [("\u2581", "a"), ("h", "e"), ("\u2581", "he")]
+    tokenizer = RustTokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+BYTES = Tokenizer(byte_tokenizer())
+FALLBACK = Tokenizer(byte_fallback_tokenizer())
+KINDS = {"byte-level": BYTES, "byte fallback": FALLBACK}
+
+
+def pieces(draw, items):
+    """Cut a list into chunks at random, some of them empty."""
+    cuts = sorted(draw(st.lists(st.integers(0, len(items)), max_size=len(items) + 1)))
+    return [items[start:end] for start, end in zip([0, *cuts], [*cuts, len(items)], strict=True)]
+
+
+def run(detokenizer, chunks) -> str:
+    text = "".join(detokenizer.push(chunk)[0] for chunk in chunks)
+    return text + detokenizer.finish()
+
+
+def stopped_text(text: str, stops: list[str]) -> str:
+    """The reference: read on until a stop string is complete, then cut before it."""
+    for end in range(1, len(text) + 1):
+        if complete := [stop for stop in stops if text[:end].endswith(stop)]:
+            return text[: end - max(map(len, complete))]
+    return text
+
+
+@pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_pieces_add_up_to_the_text(tokenizer, data):
+    text = data.draw(
+        st.text(st.one_of(st.sampled_from("abc he\u00e9\u20ac\U0001f600\ufffd\u2581"), st.characters(codec="utf-8")))
+    )
+    token_ids = tokenizer.encode_now(text)
+    whole = tokenizer.decode(token_ids)
+    assert run(tokenizer.detokenizer(), pieces(data.draw, token_ids)) == whole
+    assert run(tokenizer.detokenizer(), [[token] for token in token_ids]) == whole
+    if tokenizer is BYTES and "<|" not in text:  # the text of a special token is that token
+        assert whole == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_byte_level_pieces_add_up_for_any_bytes(data):
+    byte = st.one_of(
+        st.sampled_from([0x41, 0x82, 0xAC, 0xC3, 0xE2, 0xED, 0xF0, 0x9F, 0xFF, 256, 257, 900]), st.integers(0, 263)
+    )
+    token_ids = data.draw(st.lists(byte, max_size=80))
+    assert run(BYTES.detokenizer(), pieces(data.draw, token_ids)) == BYTES.decode(token_ids)
+    assert BYTES.decode(token_ids) == bytes(token for token in token_ids if token < 256).decode(errors="replace")
+
+
+@pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
+@settings(max_examples=200, deadline=None)
+@given(token_ids=st.lists(st.integers(0, 255), max_size=200))
+def test_work_per_token_is_bounded(tokenizer, token_ids):
+    detokenizer = tokenizer.detokenizer()
+    for token in token_ids:
+        detokenizer.push([token])
+        assert len(detokenizer._window) <= 2 * MAX_WINDOW
+
+
+def test_unfinished_character_is_held_and_flushed():
+    detokenizer = BYTES.detokenizer()
+    euro = "\u20ac".encode()
+    assert detokenizer.push([0x41, euro[0]]) == ("A", False)
+    assert detokenizer.push([euro[1]]) == ("", False)
+    assert detokenizer.push([euro[2]]) == ("\u20ac", False)
+    assert detokenizer.push([euro[0]]) == ("", False)
+    assert detokenizer.finish() == "\ufffd"
+
+
+def test_text_is_sent_as_soon_as_it_is_certain():
+    detokenizer = BYTES.detokenizer(["END"])
+    sent = [detokenizer.push([byte])[0] for byte in b"a EN b END c"]
+    assert sent == ["a", " ", "", "", "EN ", "b", " ", "", "", "", "", ""]
+    assert detokenizer.stopped
+    assert detokenizer.finish() == ""
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data())
+def test_stop_strings_cut_as_the_reference(data):
+    letters = st.text("ab\u00e9", min_size=1, max_size=4)
+    stops = data.draw(st.lists(letters, max_size=4))
+    text = data.draw(st.text("ab\u00e9c", max_size=30))
+    scanner = StopScanner(stops)
+    sent = ""
+    for chunk in pieces(data.draw, text):
+        sent += scanner.push(chunk)
+        if scanner.found is not None:
+            break
+    sent += scanner.finish() if scanner.found is None else ""
+    assert sent == stopped_text(text, stops)
+    assert (scanner.found is not None) == any(stop in text for stop in stops)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_stop_strings_through_tokens(data):
+    stops = data.draw(st.lists(st.text("a\u20acb", min_size=1, max_size=3), min_size=1, max_size=3))
+    text = data.draw(st.text("a\u20acbc", max_size=20))
+    detokenizer = BYTES.detokenizer(stops)
+    sent = run(detokenizer, pieces(data.draw, list(text.encode())))
+    assert sent == stopped_text(text, stops)
+    assert detokenizer.stopped == any(stop in text for stop in stops)
+
+
+def test_special_tokens_are_not_shown():
+    assert run(BYTES.detokenizer(), [[256, 0x61, 260], [257, 0x62, 299]]) == "ab"
+
+
+def test_chat_template_and_developer_role():
+    turns = (Message("developer", "be"), Message("user", "hi"))
+    token_ids = BYTES.encode_now(Conversation(turns))
+    expected = "<|bos|><|system|>be<|end|><|user|>hi<|end|><|assistant|>"
+    assert BYTES._tokenizer.decode(token_ids) == expected
+    assert token_ids.count(256) == 1
+
+
+def test_model_without_a_template_refuses_a_chat():
+    with pytest.raises(InvalidRequest, match="no chat template; use /v1/completions"):
+        FALLBACK.encode_now(Conversation((Message("user", "hi"),)))
+
+
+def test_template_that_refuses_is_an_invalid_request():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        Tokenizer(tokenizer).encode_now(Conversation((Message("user", "hi"),)))
+
+
+def test_long_and_short_prompts_encode_alike():
+    async def encode(text):
+        return await BYTES.encode(text)
+
+    for text in ("short", "long " * 2000):
+        assert asyncio.run(encode(text)) == [256, *text.encode()]
+    assert asyncio.run(encode((1, 2))) == [1, 2]
+
+
+@pytest.mark.parametrize("token_ids", [[], [264], [-1], [0, 2**31]])
+def test_token_ids_outside_of_the_vocabulary(token_ids):
+    check_token_ids([0, 263], 264)
+    with pytest.raises(InvalidRequest) as refused:
+        check_token_ids(token_ids, 264)
+    assert refused.value.param == "prompt"
+
+
+def test_loading(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    loaded = load_tokenizer(str(tmp_path / "model"))
+    assert loaded.encode_now("hé") == BYTES.encode_now("hé")
+    assert loaded.has_chat_template
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"the tokenizer of .*empty cannot be loaded: "):
+        load_tokenizer(str(tmp_path / "empty"))
+    (tmp_path / "model" / "tokenizer.json").write_text("{broken")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path / "model"))
