@@ -1,0 +1,83 @@
+"""The operator's listener: metrics for Prometheus, and the nodes as JSON. Apart from the clients' listener."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from google.protobuf.json_format import MessageToDict
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from kvferry.common.store_api import BlockStore, StoreStats
+from kvferry.router.accounting import Metrics
+from kvferry.router.nodes import Node, Nodes
+
+NODE_GAUGES = (
+    "waiting",
+    "running",
+    "waiting_tokens",
+    "free_blocks",
+    "total_blocks",
+    "streams",
+    "tasks",
+    "preemptions",
+    "pulled_bytes",
+    "published_bytes",
+    "bad_blocks",
+)
+
+
+def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics) -> web.Application:
+    async def show_metrics(request: web.Request) -> web.Response:
+        scrape = CollectorRegistry()
+        scrape.register(Scrape(nodes.all, await store.stats()))
+        body = generate_latest(metrics.registry) + generate_latest(scrape)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def show_nodes(request: web.Request) -> web.Response:
+        told = {
+            "router": {"tasks": len(asyncio.all_tasks())},
+            "nodes": [describe(node) for node in nodes.all],
+            "store": msgspec.to_builtins(await store.stats(), builtin_types=(bytes,)),
+        }
+        told["store"]["boot_id"] = told["store"]["boot_id"].hex()
+        return web.json_response(told)
+
+    app = web.Application()
+    app.router.add_get("/metrics", show_metrics)
+    app.router.add_get("/nodes", show_nodes)
+    return app
+
+
+def describe(node: Node) -> dict[str, Any]:
+    told: dict[str, Any] = {"address": node.address, "role": node.role, "ready": node.ready}
+    if node.status is not None:
+        status = MessageToDict(node.status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        told |= status | {"fingerprint": node.status.fingerprint.hex()}
+    return told
+
+
+class Scrape(Collector):
+    """The nodes' and the store's numbers at one moment."""
+
+    def __init__(self, nodes: list[Node], stats: StoreStats):
+        self._nodes, self._stats = nodes, stats
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        up = GaugeMetricFamily("kvferry_node_up", "Whether a node is ready", labels=["role", "address"])
+        families = [up]
+        for node in self._nodes:
+            up.add_metric([node.role, node.address], float(node.ready))
+        for name in NODE_GAUGES:
+            family = GaugeMetricFamily(f"kvferry_node_{name}", f"{name} of a worker", labels=["role", "address"])
+            for node in self._nodes:
+                if node.status is not None:
+                    family.add_metric([node.role, node.address], float(getattr(node.status, name)))
+            families.append(family)
+        for field in msgspec.structs.fields(StoreStats):
+            value = getattr(self._stats, field.name)
+            if isinstance(value, int):
+                families.append(GaugeMetricFamily(f"kvferry_store_{field.name}", f"{field.name} of the store", value))
+        return families

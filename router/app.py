@@ -1,0 +1,293 @@
+"""The HTTP front: a request in OpenAI's form in, its tokens out. Starting and stopping the router."""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+from aiohttp import web
+
+from kvferry.common.clock import MonotonicClock
+from kvferry.common.config import RouterConfig
+from kvferry.common.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    KvferryError,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    TooLarge,
+    Unavailable,
+    outcome_of,
+)
+from kvferry.common.hashing import TenantId
+from kvferry.common.process import Notifier
+from kvferry.common.sampling import SamplingParams
+from kvferry.kvstore.client import StoreClient
+from kvferry.router.accounting import Metrics, Record
+from kvferry.router.admin import admin_app
+from kvferry.router.answers import Answer, Model, Usage, error_body, models_list, usage_of
+from kvferry.router.flow import Flow, Job
+from kvferry.router.nodes import Nodes, ServedModel
+from kvferry.router.openai import GenerationRequest, Kind, parse_request
+from kvferry.router.placement import least_loaded
+from kvferry.router.sse import EventStream
+from kvferry.router.tenants import Tenants
+from kvferry.router.text import Tokenizer, check_token_ids, load_tokenizer
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+log = logging.getLogger(__name__)
+
+
+async def serve(config: RouterConfig, notifier: Notifier, stop: asyncio.Event) -> None:
+    """Run the router until `stop` is set. Raises KvferryError with one sentence when it cannot start."""
+    tenants = Tenants.load(config.tenants_file) if config.tenants_file else Tenants.single()
+    tokenizer = await asyncio.to_thread(load_tokenizer, config.model, config.revision)
+    store = StoreClient(config.store, 0, 0, "router")
+    nodes, metrics, clock = Nodes(config.prefill, config.decode), Metrics(), MonotonicClock()
+    flow = Flow(config, nodes, store, metrics, clock)
+    front = Front(config, tenants, tokenizer, nodes, flow, metrics)
+    runners = []
+    await store.start()
+    nodes.start()
+    try:
+        admin = admin_app(nodes, store, metrics)
+        runners.append(await listen(admin, config.admin_host, config.admin_port, config.drain_s))
+        runners.append(await listen(front.app(), config.host, config.port, config.drain_s))
+        notifier.ready()
+        await stop.wait()
+    finally:
+        for runner in reversed(runners):
+            await runner.cleanup()
+        await nodes.close()
+        await store.close()
+        tokenizer.close()
+
+
+async def listen(app: web.Application, host: str, port: int, drain_s: float) -> web.AppRunner:
+    """Serve `app`; a client that goes cancels its handler. Raises ConfigError when the address is taken."""
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=drain_s)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+    return runner
+
+
+class Front:
+    """The routes. Holds no state of a request."""
+
+    def __init__(
+        self, config: RouterConfig, tenants: Tenants, tokenizer: Tokenizer, nodes: Nodes, flow: Flow, metrics: Metrics
+    ):
+        self._config, self._tenants, self._tokenizer = config, tenants, tokenizer
+        self._nodes, self._flow, self._metrics = nodes, flow, metrics
+        self._clock = MonotonicClock()
+        self._created = int(time.time())
+        self._open = 0
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self._answer_errors], client_max_size=self._config.max_body_bytes)
+        app.router.add_post("/v1/completions", lambda request: self._generate(request, "completion"))
+        app.router.add_post("/v1/chat/completions", lambda request: self._generate(request, "chat"))
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        return app
+
+    @web.middleware
+    async def _answer_errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Every error in OpenAI's shape, every answer with the request's id."""
+        given = request.headers.get("X-Request-Id", "")
+        request["id"] = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:
+            response = error_response(told_of(error, request), request["id"])
+        except KvferryError as error:
+            response = error_response(error, request["id"])
+        except Exception as error:
+            log.exception("a request failed", extra={"request_id": request["id"]})
+            response = error_response(error, request["id"])
+        if not response.prepared:
+            response.headers["X-Request-Id"] = request["id"]
+        return response
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        if reason := self._nodes.missing():
+            raise Unavailable(reason)
+        return web.json_response({"status": "ready"})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        self._tenants.authenticate(request.headers.get("Authorization"))
+        ready = least_loaded(self._nodes.decode)
+        models = [
+            Model(id=self._config.served_model_name, created=self._created, max_model_len=node.model.max_model_len)
+            for node in ready[:1]
+        ]
+        return web.Response(body=models_list(models), content_type="application/json")
+
+    async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
+        tenant = self._tenants.authenticate(request.headers.get("Authorization"))
+        asked = parse_request(kind, await request.read())
+        if asked.model not in (self._config.served_model_name, self._config.model):
+            raise NotFound(f"the model {asked.model[:64]!r} is not served here; {self._config.served_model_name!r} is")
+        if self._open >= self._config.max_concurrent:
+            raise Overloaded(f"{self._open} requests are being served already; try again later")
+        self._open += 1
+        self._metrics.open_requests.set(self._open)
+        outcome = "cancelled"
+        record = Record(request["id"], tenant, 0, self._clock.now())
+        try:
+            job = await self._prepare(asked, tenant, request["id"])
+            record.prompt_tokens = len(job.token_ids)
+            answer = self._stream if asked.stream else self._whole
+            response = await answer(request, asked, job, record)
+            outcome = "ok"
+            return response
+        except KvferryError as error:
+            outcome = outcome_of(error).code
+            raise
+        except ConnectionResetError:
+            log.info("the client went away", extra={"request_id": request["id"]})
+            raise
+        finally:
+            self._open -= 1
+            self._metrics.open_requests.set(self._open)
+            self._metrics.count(record, outcome)
+
+    async def _prepare(self, asked: GenerationRequest, tenant: TenantId, request_id: str) -> Job:
+        """Tokenise, check against the model that is up, and settle what the request left open."""
+        model = await self._model()
+        tokens = await self._tokenizer.encode(asked.prompt)
+        check_token_ids(tokens, model.vocab_size)
+        room = model.max_model_len - len(tokens)
+        if room < 1:
+            raise InvalidRequest(
+                f"the prompt has {len(tokens)} tokens; this model takes up to {model.max_model_len - 1}, with one to "
+                "generate",
+                "prompt" if asked.kind == "completion" else "messages",
+            )
+        if asked.max_tokens is not None and asked.max_tokens > room:
+            raise InvalidRequest(
+                f"{len(tokens)} prompt tokens and max_tokens {asked.max_tokens} exceed the model's "
+                f"{model.max_model_len}; ask for at most {room}",
+                "max_tokens",
+            )
+        pool = max(node.status.total_blocks for node in least_loaded(self._nodes.decode)) * model.layout.block_size
+        max_tokens = asked.max_tokens or max(1, min(room, pool - len(tokens)))
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            seed=asked.seed if asked.seed is not None else secrets.randbits(64),
+            min_tokens=min(asked.min_tokens, max_tokens),
+            ignore_eos=asked.ignore_eos,
+        )
+        return Job(request_id, self._tenants.keys_of(tenant), asked.cache_salt, tokens, params)
+
+    async def _model(self) -> ServedModel:
+        ready = self._nodes.decode
+        if not await self._nodes.wait_for(lambda: bool(least_loaded(ready)), self._config.node_wait_s):
+            raise Unavailable("no decode node is ready; try again later")
+        return least_loaded(ready)[0].model
+
+    async def _whole(
+        self, request: web.Request, asked: GenerationRequest, job: Job, record: Record
+    ) -> web.StreamResponse:
+        answer = Answer(asked.kind, asked.model, job.request_id, int(time.time()))
+        parts: list[str] = []
+        reason = "stop"
+        async with aclosing(self._texts(asked, job, record)) as texts:
+            async for text, finish_reason in texts:
+                parts.append(text)
+                reason = finish_reason or reason
+        body = answer.whole("".join(parts), reason, self._usage(record))
+        return web.Response(body=body, content_type="application/json")
+
+    async def _stream(
+        self, request: web.Request, asked: GenerationRequest, job: Job, record: Record
+    ) -> web.StreamResponse:
+        answer = Answer(asked.kind, asked.model, job.request_id, int(time.time()), asked.include_usage)
+        events = EventStream(request, {"X-Request-Id": job.request_id})
+        try:
+            async with aclosing(self._texts(asked, job, record)) as texts:
+                async for text, finish_reason in texts:
+                    if not events.started and (role := answer.role_chunk()):
+                        await events.data(role)
+                    if text:
+                        await events.data(answer.text_chunk(text))
+                    if finish_reason:
+                        await events.data(answer.last_chunk(finish_reason))
+            if asked.include_usage:
+                await events.data(answer.usage_chunk(self._usage(record)))
+            await events.done()
+        except KvferryError as error:
+            if not events.started:
+                raise
+            log.warning("a stream ended in an error: %s", error, extra={"request_id": job.request_id})
+            await events.error(error_body(error))
+            await events.response.write_eof()
+        return events.response
+
+    async def _texts(self, asked: GenerationRequest, job: Job, record: Record) -> AsyncIterator[tuple[str, str | None]]:
+        """Text as it becomes certain; the last item has the finish reason. A stop string ends the request."""
+        detokenizer = self._tokenizer.detokenizer(asked.stop)
+        last = None
+        async with aclosing(self._flow.run(job, record)) as pieces:
+            async for piece in pieces:
+                now = self._clock.now()
+                if last is None:
+                    self._metrics.ttft.observe(now - record.arrived)
+                else:
+                    self._metrics.itl.observe((now - last) / len(piece.token_ids))
+                last = now
+                record.output_tokens += len(piece.token_ids)
+                text, stopped = detokenizer.push(piece.token_ids)
+                if stopped:
+                    yield text, "stop"
+                    return
+                if piece.finish_reason:
+                    yield text + detokenizer.finish(), piece.finish_reason
+                    return
+                yield text, None
+
+    def _usage(self, record: Record) -> Usage:
+        return usage_of(record.prompt_tokens, record.output_tokens, record.reused, record.as_dict())
+
+
+def error_response(error: BaseException, request_id: str) -> web.Response:
+    outcome = outcome_of(error)
+    headers = {"X-Request-Id": request_id}
+    if outcome.retry_after_s is not None:
+        headers["Retry-After"] = str(outcome.retry_after_s)
+    if outcome.http == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return web.Response(status=outcome.http, body=error_body(error), content_type="application/json", headers=headers)
+
+
+def told_of(error: web.HTTPException, request: web.Request) -> KvferryError:
+    """What aiohttp itself refuses, as ours."""
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return MethodNotAllowed(f"{request.method} is not a method of {request.path}; use {error.headers['Allow']}")
+    if isinstance(error, web.HTTPNotFound):
+        return NotFound(f"there is no {request.path} here; see /v1/completions, /v1/chat/completions, /v1/models")
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return TooLarge(f"the body is larger than the {request.app._client_max_size} bytes this server takes")
+    if isinstance(error, web.HTTPRequestTimeout):
+        return DeadlineExceeded("the request did not arrive in time")
+    return InvalidRequest(error.reason)

@@ -1,0 +1,188 @@
+"""One `continue` on a decode node, and the `fill` on a prefill node that feeds it.
+
+The fill opens once the continue is admitted; each of its reports is relayed; its first token goes out at once.
+The fill stays open, and its blocks leased, until decode says that it has them.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import grpc
+
+from kvferry.common.clock import Clock
+from kvferry.common.errors import DeadlineExceeded, KvferryError, Overloaded, Unavailable
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.wire import error_of
+from kvferry.router.accounting import Metrics, Record
+from kvferry.router.nodes import Node, Nodes
+from kvferry.router.placement import Placement
+
+FILL_ATTEMPTS = 3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens to send. `finish_reason` is set in the last piece."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+class _DecodeEnded(Exception):
+    """The continue is over, so there is nobody to relay to; why, its receiver tells."""
+
+
+class Handover:
+    """Owns both calls and the tasks that serve them, from `open` to `close`."""
+
+    def __init__(self, sequence: pb.Sequence, placement: Placement, nodes: Nodes, record: Record, metrics: Metrics):
+        self._sequence, self._placement, self._nodes = sequence, placement, nodes
+        self._record, self._metrics = record, metrics
+        self._continue = placement.decode.stub.Continue()
+        self._out: asyncio.Queue[Piece | KvferryError] = asyncio.Queue()
+        self._restored = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._first_token: int | None = None
+        self._counted = ExitStack()
+        self._counted.enter_context(placement.decode.stream())
+
+    async def open(self, admission_s: float) -> None:
+        """Open `continue`, wait until it is admitted, then open the fill. Raises Overloaded or Unavailable."""
+        opening = pb.ContinueOpen(sequence=self._sequence, expects_fill=self._placement.prefill is not None)
+        try:
+            async with asyncio.timeout(admission_s):
+                await self._continue.write(pb.ContinueCommand(open=opening))
+                event = await self._continue.read()
+        except TimeoutError as error:
+            raise Overloaded(f"the decode node did not admit the request within {admission_s:g} s") from error
+        except grpc.aio.AioRpcError as error:
+            raise self._decode_error(error) from error
+        if event is grpc.aio.EOF or not event.HasField("admitted"):
+            raise await self._ended()
+        self._tasks.append(asyncio.create_task(self._receive()))
+        if self._placement.prefill is None:
+            await self._continue.done_writing()
+        else:
+            self._tasks.append(asyncio.create_task(self._feed(self._placement.prefill)))
+
+    async def pieces(self, clock: Clock, give_up: float) -> AsyncIterator[Piece]:
+        """The tokens as they come, the first from whoever has it first. Raises what ended the attempt."""
+        while True:
+            try:
+                async with asyncio.timeout(max(give_up - clock.now(), 0.001)):
+                    piece = await self._out.get()
+            except TimeoutError as error:
+                raise DeadlineExceeded("the request took longer than this server allows") from error
+            if isinstance(piece, KvferryError):
+                raise piece
+            yield piece
+            if piece.finish_reason:
+                return
+
+    async def _receive(self) -> None:
+        """Decode's events: its tokens go out; that the blocks have arrived lets the fill go."""
+        try:
+            while (event := await self._continue.read()) is not grpc.aio.EOF:
+                if event.HasField("restored"):
+                    self._record.restored = event.restored.reuse
+                    self._restored.set()
+                elif event.HasField("tokens"):
+                    self._out.put_nowait(Piece(tuple(event.tokens.token_ids), event.tokens.finish_reason or None))
+            self._out.put_nowait(await self._ended())
+        except grpc.aio.AioRpcError as error:
+            self._out.put_nowait(self._decode_error(error))
+        finally:
+            self._restored.set()
+
+    async def _ended(self) -> KvferryError:
+        """Why a `continue` stream that gave EOF is over."""
+        code, details = await self._continue.code(), await self._continue.details()
+        if code is grpc.StatusCode.OK:
+            return Unavailable("the decode node ended the stream before the last token")
+        return self._decode_error(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details))
+
+    def _decode_error(self, error: grpc.aio.AioRpcError) -> KvferryError:
+        told = error_of(error)
+        if isinstance(told, Unavailable):
+            self._nodes.mark_gone(self._placement.decode)
+        return told
+
+    async def _feed(self, prefill: Node) -> None:
+        """Have the sequence filled. A fill that breaks goes to another node; after the last, decode computes."""
+        progress = pb.FillProgress()
+        tried: list[Node] = []
+        node: Node | None = prefill
+        try:
+            while node is not None and len(tried) < FILL_ATTEMPTS:
+                tried.append(node)
+                try:
+                    await self._fill(node, progress)
+                    return
+                except grpc.aio.AioRpcError as error:
+                    self._note_broken_fill(node, error_of(error))
+                decode = self._placement.decode
+                partners = self._nodes.partners(decode) if decode.ready else []
+                node = next((n for n in partners if n not in tried), None)
+            progress.done = True
+            await self._relay(progress)
+        except _DecodeEnded:
+            return
+
+    def _note_broken_fill(self, node: Node, error: KvferryError) -> None:
+        log.warning("the fill on %s broke: %s", node.address, error, extra={"request_id": self._sequence.request_id})
+        self._metrics.failed_attempts.labels("prefill").inc()
+        if isinstance(error, Unavailable):
+            self._nodes.mark_gone(node)
+
+    async def _fill(self, node: Node, progress: pb.FillProgress) -> None:
+        """One fill, relayed into `progress`, held open until decode has its blocks."""
+        fill = node.stub.Fill()
+        try:
+            with node.stream():
+                await fill.write(pb.FillCommand(open=self._sequence))
+                while (report := await fill.read()) is not grpc.aio.EOF:
+                    await self._take(report, progress)
+                    if report.done:
+                        break
+                if not progress.done:
+                    raise grpc.aio.AioRpcError(
+                        await fill.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), details=await fill.details()
+                    )
+                await self._restored.wait()
+                await fill.done_writing()
+                await fill.read()
+        finally:
+            fill.cancel()
+
+    async def _take(self, report: pb.FillReport, progress: pb.FillProgress) -> None:
+        """The first token goes to the client at once, and only once; then decode hears how far the fill is."""
+        self._record.note_fill(report)
+        if report.HasField("first_token") and self._first_token is None:
+            self._first_token = report.first_token
+            progress.first_token = report.first_token
+            self._out.put_nowait(Piece((report.first_token,), report.finish_reason or None))
+        progress.committed_blocks = report.committed_blocks
+        progress.done = report.done
+        if not report.finish_reason:
+            await self._relay(progress)
+
+    async def _relay(self, progress: pb.FillProgress) -> None:
+        try:
+            await self._continue.write(pb.ContinueCommand(progress=progress))
+            if progress.done:
+                await self._continue.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise _DecodeEnded from error
+
+    async def close(self) -> None:
+        """Cancel both calls and wait for the tasks. May be repeated."""
+        self._continue.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._counted.close()
