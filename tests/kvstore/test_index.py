@@ -247,6 +247,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self):
+        self.pass_time()
         self.index.check_integrity()
         stats = self.index.stats()
         assert stats.free + stats.writing + stats.committed + stats.quarantined == stats.slots == SLOTS
@@ -268,13 +269,6 @@ class IndexMachine(RuleBasedStateMachine):
             if not self.index.lookup(next(iter(self.expires)), [name], lease=False).blocks:
                 assert (name, self.committed[name]) not in self.pinned(), "a leased block was evicted"
                 del self.committed[name]
-        for name in self.committed:
-            parent = PARENTS[name]
-            gone = parent != ROOT and parent not in self.committed
-            why = self.index.lookup(next(iter(self.expires)), [parent], lease=False).miss if gone else None
-            # A parent may be missing by quarantine, by never having come, or evicted before its child came: the last
-            # cannot be told apart here; test_eviction pins the order.
-            assert why is not MissReason.BEING_WRITTEN or parent in self.pending()
 
     def some_connection(self, data):
         return data.draw(st.sampled_from(sorted(self.expires)), label="connection")
@@ -289,7 +283,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=60, stateful_step_count=50, deadline=None, print_blob=True)
+TestIndex.settings = settings(max_examples=150, stateful_step_count=50, deadline=None, print_blob=True)
 
 
 def publish(index, connection, names, tenant="x"):
