@@ -1,0 +1,55 @@
+"""How a start is shown: bars on a terminal, lines anywhere else. Always on stderr."""
+
+import sys
+
+from kvferry.common.process import Note
+
+
+def display() -> "Bars | Lines":
+    return Bars() if sys.stderr.isatty() else Lines()
+
+
+class Lines:
+    """One line when a stage begins and one when a process is ready."""
+
+    def __init__(self) -> None:
+        self._shown: set[tuple[str, str]] = set()
+
+    def show(self, name: str, note: Note) -> None:
+        stage = "ready" if note.ready else note.stage
+        if stage and (name, stage) not in self._shown:
+            self._shown.add((name, stage))
+            print(f"{name}: {stage}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._shown.clear()
+
+
+class Bars:
+    """One bar a process and stage."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._bars: dict[tuple[str, str], int] = {}
+        self._progress.start()
+
+    def show(self, name: str, note: Note) -> None:
+        if not note.stage:
+            return
+        if (name, note.stage) not in self._bars:
+            self._bars[name, note.stage] = self._progress.add_task(f"{name} {note.stage}", total=None)
+        self._progress.update(self._bars[name, note.stage], completed=note.done, total=note.total or None)
+
+    def close(self) -> None:
+        """Take the bars away. What is shown after that is not seen."""
+        self._progress.stop()
