@@ -5,6 +5,7 @@ another process.
 """
 
 import asyncio
+import errno
 import fcntl
 import mmap
 import os
@@ -17,6 +18,7 @@ from kvferry.common.block import PAGE_BYTES
 from kvferry.common.errors import ConfigError, IncompatibleNode
 
 PREFAULT_CHUNK = 64 * 2**20
+MADV_POPULATE_WRITE = 23  # madvise(2)
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -32,7 +34,7 @@ async def create_arena(size_bytes: int, progress: Callable[[int, int], None]) ->
         progress(0, total)
         for start in range(0, total, PREFAULT_CHUNK):
             chunk = min(PREFAULT_CHUNK, total - start)
-            await asyncio.to_thread(os.posix_fallocate, fd, start, chunk)
+            await asyncio.to_thread(prefault, fd, start, chunk)
             progress(start + chunk, total)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     except OSError as error:
@@ -42,6 +44,22 @@ async def create_arena(size_bytes: int, progress: Callable[[int, int], None]) ->
         os.close(fd)
         raise
     return fd
+
+
+def prefault(fd: int, start: int, size: int) -> None:
+    """Allocate and zero a page-aligned range. Raises OSError when the memory is not there.
+
+    fallocate refuses cleanly, but leaves the zeroing to the first touch, which would be a worker's copy.
+    """
+    os.posix_fallocate(fd, start, size)
+    with mmap.mmap(fd, size, mmap.MAP_SHARED, offset=start) as pages:
+        try:
+            pages.madvise(MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            for offset in range(0, size, PAGE_BYTES):  # a kernel before 5.14
+                pages[offset] = 0
 
 
 class ArenaMap:
@@ -62,6 +80,7 @@ class ArenaMap:
         self.slots = slots
         self.block_bytes = block_bytes
         self.slot_stride = slot_stride
+        self.size = length
         self._map = mmap.mmap(fd, length, mmap.MAP_SHARED)
         self.bytes = np.frombuffer(self._map, dtype=np.uint8)
         self._users = 0
@@ -77,6 +96,11 @@ class ArenaMap:
             raise IndexError(f"slot {number} of {self.slots}")
         start = number * self.slot_stride
         return self.bytes[start : start + self.block_bytes]
+
+    def touch(self, start: int, size: int) -> None:
+        """Enter a range's pages into this process's page table, so that no copy stops for them later.
+        Reads only: others may be writing."""
+        self.bytes[start : start + size : PAGE_BYTES].max(initial=0)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 REPLY_S = 5.0  # a node that takes longer is treated as gone
 RECONNECT_FIRST_S = 0.05
 RECONNECT_MOST_S = 1.0
+TOUCH_BYTES = 64 * 2**20
 SPEED_WEIGHT = 0.2  # of the newest chunk in `pull_bytes_per_s`
 
 NOT_THERE = Match(miss=MissReason.STORE_UNREACHABLE)
@@ -66,8 +67,7 @@ class StoreClient:
     async def close(self) -> None:
         """Give everything back. Copies in flight end first; the arena is unmapped."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+            await end(self._keeper)
         if self._link is not None:
             await self._link.close()
         self._leases.clear()
@@ -251,6 +251,13 @@ class StoreClient:
         self.connects += 1
         log.info("connected to the store at %s", self._socket)
 
+    async def _touch(self, link: Link) -> None:
+        """Warm the page table for a new arena, a piece at a time, while it is in use already."""
+        for start in range(0, link.arena.size if link.arena else 0, TOUCH_BYTES):
+            if link.lost.is_set():
+                return
+            await self._in_thread(link, link.arena.touch, start, TOUCH_BYTES)
+
     async def _keep_connected(self) -> None:
         delay = RECONNECT_FIRST_S
         told = ""
@@ -270,7 +277,11 @@ class StoreClient:
                 continue
             delay, told = RECONNECT_FIRST_S, ""
             link = self._link
-            await beat(link)
+            touching = asyncio.create_task(self._touch(link))
+            try:
+                await beat(link)
+            finally:
+                await end(touching)
             await link.close()
             self._link = None
             self._leases = {ours: held for ours, held in self._leases.items() if held[0] is not link}
@@ -287,6 +298,14 @@ async def beat(link: Link) -> None:
                 await link.request(say.Renew(link.next_id()), say.Done, REPLY_S)
             except Unreachable:
                 return
+
+
+async def end(task: asyncio.Task) -> None:
+    """Cancel a task of ours and wait for it; an error of its own is a bug, and is logged."""
+    task.cancel()
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    if isinstance(outcome, Exception):
+        log.error("a background task failed", exc_info=outcome)
 
 
 async def settled(future: asyncio.Future) -> None:
