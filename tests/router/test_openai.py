@@ -1,0 +1,390 @@
+"""Requests in, answers out: every wrong body gets one sentence that names the field, and nothing else."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import event, example, given, settings
+from hypothesis import strategies as st
+
+from kvferry.common.errors import InvalidRequest, NotFound, Overloaded
+from kvferry.router.answers import Answer, Model, error_body, models_list, usage_of
+from kvferry.router.openai import (
+    NEUTRAL_CHAT,
+    NEUTRAL_COMPLETION,
+    ChatBody,
+    CompletionBody,
+    Conversation,
+    Message,
+    parse_request,
+)
+
+MINIMAL = {
+    "completion": {"model": "demo", "prompt": "p"},
+    "chat": {"model": "demo", "messages": [{"role": "user", "content": "p"}]},
+}
+
+
+def parse(kind: str, **fields: Any):
+    return parse_request(kind, json.dumps(MINIMAL[kind] | fields).encode())
+
+
+def refusal(kind: str, **fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(kind, **fields)
+    sentence = str(refused.value)
+    assert sentence
+    assert "\n" not in sentence
+    assert "$" not in sentence
+    assert "`" not in sentence
+    return refused.value
+
+
+def test_defaults():
+    completion, chat = parse("completion"), parse("chat")
+    assert completion.prompt == "p"
+    assert chat.prompt == Conversation((Message("user", "p"),))
+    assert (completion.max_tokens, chat.max_tokens) == (16, None)
+    for request in (completion, chat):
+        assert (request.temperature, request.top_p, request.top_k, request.seed) == (1.0, 1.0, 0, None)
+        assert (request.stop, request.cache_salt, request.stream, request.include_usage) == ((), "", False, False)
+        assert (request.min_tokens, request.ignore_eos) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "sent", "name", "kept"),
+    [
+        ("max_tokens", 7, "max_tokens", 7),
+        ("temperature", 0, "temperature", 0.0),
+        ("temperature", 2, "temperature", 2.0),
+        ("top_p", 0.5, "top_p", 0.5),
+        ("top_k", 40, "top_k", 40),
+        ("top_k", -1, "top_k", 0),
+        ("seed", 7, "seed", 7),
+        ("seed", -1, "seed", 2**64 - 1),
+        ("stop", "a", "stop", ("a",)),
+        ("stop", ["a", "b"], "stop", ("a", "b")),
+        ("stop", [], "stop", ()),
+        ("min_tokens", 3, "min_tokens", 3),
+        ("ignore_eos", True, "ignore_eos", True),
+        ("cache_salt", "s" * 256, "cache_salt", "s" * 256),
+        ("stream", True, "stream", True),
+    ],
+)
+@pytest.mark.parametrize("kind", MINIMAL)
+def test_supported_fields_arrive(kind, field, sent, name, kept):
+    assert getattr(parse(kind, **{field: sent}), name) == kept
+    assert parse(kind, **{field: None}) == parse(kind)
+
+
+@pytest.mark.parametrize(("sent", "kept"), [("a", "a"), (["a"], "a"), ([1, 2], (1, 2)), ("", "")])
+def test_prompts(sent, kept):
+    assert parse("completion", prompt=sent).prompt == kept
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        (["a", "b"], "a batch of 2, which is not supported yet"),
+        ([[1], [2]], "a batch of 2, which is not supported yet"),
+        ([], "at least one token id"),
+        ([1, "a"], "must be a string"),
+        ([True], "must be a string"),
+        ([1.0], "must be a string"),
+        ([-1], "negative or over 32 bits"),
+        ([2**32], "negative or over 32 bits"),
+        ([10**30], "negative or over 32 bits"),
+        (None, "must be a string"),
+        ({}, "must be a string"),
+    ],
+)
+def test_refused_prompts(sent, says):
+    error = refusal("completion", prompt=sent)
+    assert says in str(error)
+    assert error.param == "prompt"
+
+
+@pytest.mark.parametrize("kind", MINIMAL)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", ""),
+        ("model", 3),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("max_tokens", "5"),
+        ("max_tokens", 2**31),
+        ("max_tokens", True),
+        ("temperature", 2.01),
+        ("temperature", -0.1),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("seed", 1.5),
+        ("seed", 2**63),
+        ("seed", 10**300),
+        ("stop", 3),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["a"] * 17),
+        ("stop", ["a" * 257]),
+        ("stop", [["a"]]),
+        ("min_tokens", -1),
+        ("ignore_eos", "yes"),
+        ("cache_salt", "s" * 257),
+        ("cache_salt", 5),
+        ("stream", 1),
+    ],
+)
+def test_wrong_values_name_their_field(kind, field, value):
+    error = refusal(kind, **{field: value})
+    assert error.param == field
+    assert str(error).startswith(f"{field} must be ")
+
+
+def test_fields_that_contradict_each_other():
+    assert refusal("completion", min_tokens=17).param == "min_tokens"
+    assert refusal("completion", stream_options={"include_usage": True}).param == "stream_options"
+    assert refusal("chat", max_tokens=1, max_completion_tokens=2).param == "max_tokens"
+    assert parse("chat", max_tokens=2, max_completion_tokens=2).max_tokens == 2
+    assert parse("chat", max_completion_tokens=2).max_tokens == 2
+
+
+def test_stream_options():
+    assert parse("chat", stream=True, stream_options={"include_usage": True}).include_usage
+    assert not parse("chat", stream=True, stream_options={}).include_usage
+    assert refusal("chat", stream=True, stream_options={"include_usage": 1}).param == "stream_options.include_usage"
+    error = refusal("chat", stream=True, stream_options={"include_usag": True})
+    assert error.param == "stream_options.include_usag"
+    assert "did you mean include_usage?" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        (3, "messages[1]"),
+        ({"content": "x"}, "messages[1].role"),
+        ({"role": "user"}, "messages[1].content"),
+        ({"role": "user", "content": None}, "messages[1].content"),
+        ({"role": "robot", "content": "x"}, "messages[1].role"),
+        ({"role": ["user"], "content": "x"}, "messages[1].role"),
+        ({"role": "tool", "content": "x"}, "messages[1].role"),
+        ({"role": "user", "content": "x", "name": "bob"}, "messages[1].name"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[1].tool_calls"),
+        ({"role": "user", "content": "x", "contents": "x"}, "messages[1].contents"),
+        ({"role": "user", "content": [3]}, "messages[1].content[0]"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content[0].text"),
+        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "messages[1].content[0].text"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[1].content[0].type"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "z": 1}]}, "messages[1].content[0].z"),
+    ],
+)
+def test_wrong_messages_name_their_place(message, param):
+    assert refusal("chat", messages=[{"role": "user", "content": "x"}, message]).param == param
+
+
+def test_messages():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    sent = [
+        {"role": "developer", "content": "d"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "r", "refusal": None, "tool_calls": []},
+    ]
+    expected = (Message("developer", "d"), Message("user", "a\nb"), Message("assistant", "r"))
+    assert parse("chat", messages=sent).prompt == Conversation(expected)
+    assert refusal("chat", messages=[]).param == "messages"
+    assert refusal("chat", messages="x").param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [(kind, name, value)
+     for kind, table in (("completion", NEUTRAL_COMPLETION), ("chat", NEUTRAL_CHAT))
+     for name, values in table.items()
+     for value in (None, *(v for v in values if isinstance(v, str | int | list | dict)))],
+)  # fmt: skip
+def test_neutral_values_change_nothing(kind, name, value):
+    assert parse(kind, **{name: value}) == parse(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("completion", "n", 2),
+        ("completion", "n", True),
+        ("completion", "best_of", 3),
+        ("completion", "echo", True),
+        ("completion", "logprobs", 0),
+        ("completion", "suffix", "x"),
+        ("completion", "frequency_penalty", 0.5),
+        ("completion", "presence_penalty", -1),
+        ("completion", "logit_bias", {"5": 1}),
+        ("completion", "prompt_logprobs", 1),
+        ("chat", "n", 0),
+        ("chat", "logprobs", True),
+        ("chat", "top_logprobs", 2),
+        ("chat", "tools", [{"type": "function"}]),
+        ("chat", "tool_choice", "required"),
+        ("chat", "response_format", {"type": "json_object"}),
+        ("chat", "store", True),
+        ("chat", "modalities", ["audio"]),
+        ("chat", "reasoning_effort", "high"),
+        ("chat", "add_generation_prompt", False),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(kind, name, value):
+    error = refusal(kind, **{name: value})
+    assert error.param == name
+    assert str(error).startswith(f"{name} is not supported yet; leave it out")
+
+
+def test_unknown_fields_are_refused_with_the_nearest():
+    error = refusal("completion", temprature=1)
+    assert error.param == "temprature"
+    assert "did you mean temperature?" in str(error)
+    assert "did you mean" not in str(refusal("completion", zzzzzz=1))
+    assert len(str(refusal("completion", **{"y" * 10_000: 1}))) < 200
+    assert refusal("completion", messages=[]).param == "messages"
+    assert refusal("chat", prompt="x").param == "prompt"
+
+
+@pytest.mark.parametrize("kind", MINIMAL)
+@pytest.mark.parametrize("missing", ["model", "prompt or messages"])
+def test_missing_fields(kind, missing):
+    name = missing if missing == "model" else next(name for name in MINIMAL[kind] if name != "model")
+    body = {key: value for key, value in MINIMAL[kind].items() if key != name}
+    with pytest.raises(InvalidRequest, match=f"^{name} is missing; it must be ") as refused:
+        parse_request(kind, json.dumps(body).encode())
+    assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[]", "must be a JSON object, not a list"),
+        (b'"x"', "must be a JSON object, not a string"),
+        (b'{"model":"m","prompt":"x","temperature":NaN}', "not valid JSON"),
+        (b'{"model":"m","prompt":"x","temperature":-Infinity}', "not valid JSON"),
+        (b'{"model":"m","prompt":"x","temperature":1e999}', "not valid JSON: number out of range"),
+        (b'{"model":"m","prompt":"\\ud800"}', "not valid JSON"),
+        (b'{"model":"m","prompt":"\xff"}', "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+    ],
+)
+def test_bodies_that_are_no_request(body, says):
+    with pytest.raises(InvalidRequest, match=says):
+        parse_request("completion", body)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = sorted({*CompletionBody.__struct_fields__, *ChatBody.__struct_fields__, *NEUTRAL_CHAT, *NEUTRAL_COMPLETION})
+MESSAGES = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "name", "x"]), JSON | st.sampled_from(["user", "tool"])),
+    max_size=3,
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(MINIMAL)),
+    fields=st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON | MESSAGES, max_size=4),
+    whole=st.booleans(),
+)
+@example(kind="chat", fields={"messages": [{"role": {}, "content": []}]}, whole=True)
+def test_any_object_is_a_request_or_a_refusal(kind, fields, whole):
+    body = (MINIMAL[kind] if whole else {}) | fields
+    try:
+        request = parse_request(kind, json.dumps(body).encode())
+    except InvalidRequest as error:
+        event("refused")
+        assert json.loads(error_body(error))["error"]["message"] == str(error)  # noqa: PT017
+    else:
+        event("accepted")
+        assert 0 <= request.temperature <= 2
+        assert request.seed is None or 0 <= request.seed < 2**64
+        assert all(request.stop)
+
+
+@settings(max_examples=500, deadline=None)
+@given(body=st.binary(max_size=60) | st.text(alphabet='{}[]",:0123456789.eE+-\\untrfals', max_size=40).map(str.encode))
+def test_any_bytes_are_a_request_or_a_refusal(body):
+    with pytest.raises(InvalidRequest):
+        parse_request("completion", body)
+
+
+def test_nothing_of_the_client_is_in_the_repr():
+    request = parse("completion", prompt="secret-1", stop="secret-2", cache_salt="secret-3")
+    assert "secret" not in repr(request)
+
+
+def test_completion_answer():
+    answer = Answer("completion", "demo", "r1", 123)
+    usage = usage_of(5, 2, 3, {"reused": {"gpu": 3}})
+    assert json.loads(answer.whole("hi", "stop", usage)) == {
+        "id": "cmpl-r1",
+        "object": "text_completion",
+        "created": 123,
+        "model": "demo",
+        "choices": [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 2,
+            "total_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 3},
+            "kvferry": {"reused": {"gpu": 3}},
+        },
+    }
+    assert answer.role_chunk() is None
+    assert "kvferry" not in json.loads(answer.whole("hi", "stop", usage_of(1, 1, 0)))["usage"]
+
+
+def test_chat_answer_and_stream():
+    answer = Answer("chat", "demo", "r1", 123, include_usage=True)
+    whole = json.loads(answer.whole("hi", "length", usage_of(5, 2, 0)))
+    assert whole["object"] == "chat.completion"
+    assert whole["choices"][0]["message"] == {"role": "assistant", "content": "hi", "refusal": None}
+    chunks = [
+        answer.role_chunk(),
+        answer.text_chunk("a"),
+        answer.last_chunk("stop"),
+        answer.usage_chunk(usage_of(5, 2, 0)),
+    ]
+    role, text, last, usage = map(json.loads, chunks)
+    assert {chunk["id"] for chunk in (role, text, last, usage)} == {"chatcmpl-r1"}
+    assert {chunk["object"] for chunk in (role, text, last, usage)} == {"chat.completion.chunk"}
+    assert [chunk["choices"][0]["delta"] for chunk in (role, text, last)] == [
+        {"role": "assistant", "content": ""}, {"content": "a"}, {}]  # fmt: skip
+    assert [chunk["choices"][0]["finish_reason"] for chunk in (role, text, last)] == [None, None, "stop"]
+    assert [chunk["usage"] for chunk in (role, text, last)] == [None] * 3
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == 7
+    assert "usage" not in json.loads(Answer("chat", "demo", "r1", 123).text_chunk("a"))
+
+
+def test_error_bodies():
+    body = json.loads(error_body(InvalidRequest("n is wrong", "n")))
+    assert body == {
+        "error": {"message": "n is wrong", "type": "invalid_request_error", "param": "n", "code": "invalid_request"}
+    }
+    assert json.loads(error_body(NotFound("no")))["error"]["param"] is None
+    assert json.loads(error_body(Overloaded("full")))["error"]["code"] == "overloaded"
+    bug = json.loads(error_body(ZeroDivisionError("secret detail")))["error"]
+    assert "secret" not in bug["message"]
+    assert bug["type"] == "server_error"
+
+
+def test_models_list():
+    body = json.loads(models_list([Model(id="demo", created=5, max_model_len=64)]))
+    assert body["object"] == "list"
+    assert body["data"] == [{"id": "demo", "object": "model", "created": 5, "owned_by": "kvferry", "max_model_len": 64}]
+    assert math.isfinite(body["data"][0]["max_model_len"])
