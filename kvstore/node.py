@@ -147,7 +147,7 @@ class Node:
     async def _keep_house(self) -> None:
         """Let silent connections lapse, reclaim slots, and check the index when nothing happens."""
         step = min(0.25, self._config.lease_s / 4)
-        checked = changes = self._index.changes
+        changes, checked = self._index.changes, -1
         changed_at = checked_at = self._clock.now()
         while True:
             await asyncio.sleep(step)

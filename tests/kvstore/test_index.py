@@ -53,6 +53,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.quarantined = 0
         self.late = self.bad = 0
         self.connect()
+        self.connect()
 
     # -- the model's own time --
 
@@ -166,11 +167,11 @@ class IndexMachine(RuleBasedStateMachine):
             return
         connection, number = key
         lease = self.leases.get(key)
-        names = data.draw(st.sampled_from(CHAINS))
-        wanted = [name for name in names if lease and name in lease.pending and lease.pending[name] is None]
-        claims, slots = self.index.grant(connection, number, wanted or names)
+        mine = [name for name, slot in lease.pending.items() if slot is None] if lease else []
+        names = mine[: data.draw(st.integers(1, 4))] or data.draw(st.sampled_from(CHAINS))
+        claims, slots = self.index.grant(connection, number, names)
         self.follow_evictions()
-        for name, claim, slot in zip(wanted or names, claims, slots, strict=True):
+        for name, claim, slot in zip(names, claims, slots, strict=True):
             if claim is Claim.GRANTED:
                 assert lease is not None, "a slot was granted under a lease that is over"
                 assert slot not in self.writing
@@ -181,8 +182,7 @@ class IndexMachine(RuleBasedStateMachine):
                 assert name in self.committed
             elif lease and lease.pending.get(name, 0) is None:
                 del lease.pending[name]
-        mine = [slot for slot, (owner, _, _) in self.writing.items() if owner == connection]
-        assert len(mine) <= 4
+        assert sum(owner == connection for owner, _, _ in self.writing.values()) <= 4
 
     @rule(data=st.data())
     def commit(self, data):
@@ -368,6 +368,28 @@ def test_writing_is_bounded_by_connection():
     assert claims == (Claim.GRANTED, Claim.GRANTED, Claim.REFUSED, Claim.REFUSED)
     assert index.stats().publish_dropped == 2
     assert index.stats().reserved == 0, "nobody should wait for a block that was dropped"
+
+
+def test_nothing_is_granted_after_the_first_that_cannot_be():
+    index = make_index(ManualClock())
+    connection = index.connect()
+    got = index.reserve(connection, CHAINS[0], parent=ROOT, tenant="x")
+    claims, slots = index.grant(connection, got.lease, [CHAINS[0][0], NAMES["c0"], CHAINS[0][1]])
+    assert claims == (Claim.GRANTED, Claim.REFUSED, Claim.REFUSED)
+    assert slots[1:] == (None, None)
+    assert index.stats().reserved == 2
+
+
+def test_nobody_commits_or_aborts_what_another_writes():
+    index = make_index(ManualClock())
+    owner, other = index.connect(), index.connect()
+    got = index.reserve(owner, CHAINS[0][:1], parent=ROOT, tenant="x")
+    _, (slot,) = index.grant(owner, got.lease, CHAINS[0][:1])
+    with pytest.raises(ProtocolError):
+        index.commit(other, got.lease, [written(CHAINS[0][0], slot)])
+    with pytest.raises(ProtocolError):
+        index.abort(other, [slot])
+    assert index.stats().writing == 1
 
 
 def test_a_full_arena_refuses_and_drops():

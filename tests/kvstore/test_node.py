@@ -1,0 +1,84 @@
+"""The node inside this process: what it does about itself, and the bounds of what it reads."""
+
+import asyncio
+
+import msgspec
+import pytest
+
+from kvferry.common.config import StoreConfig
+from kvferry.common.store_api import Located, Match
+from kvferry.kvstore import node as node_module
+from kvferry.kvstore import protocol as say
+from kvferry.kvstore.node import Node, listen
+from kvferry.kvstore.protocol import ProtocolError
+
+NAME = b"n" * 32
+
+
+def test_a_damaged_index_ends_the_node(ground, monkeypatch):
+    monkeypatch.setattr(node_module, "QUIET_S", 0.05)
+    monkeypatch.setattr(node_module, "CHECK_EVERY_S", 0.05)
+
+    async def story():
+        config = StoreConfig(socket=ground.node(start=False).socket, size_bytes=2**20, lease_s=0.2)
+        damaged = Node(config, arena=-1)
+        damaged._index.divide(4, 4096)
+        damaged._index._table.free.append(0)
+        with listen(config) as listener, pytest.raises(RuntimeError, match="not a partition"):
+            await asyncio.wait_for(damaged.run(listener, asyncio.Event()), 10)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        say.Lookup(1, (NAME,), 1.5, False),
+        say.Reserve(2, (NAME, b"m" * 32), b"r" * 32, "tenant"),
+        say.Grant(3, 7, (NAME,)),
+        say.Commit(4, 7, (say.Written(NAME, b"r" * 32, 5, (b"c" * 16,) * 8),)),
+        say.Abort(5, (1, 2)),
+        say.Release(6, 7),
+        say.Renew(7),
+        say.Quarantine(8, NAME, 3),
+        say.Stats(9),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_requests_survive_the_wire(message):
+    frame = say.encode(message)
+    assert say.body_length(frame[:4]) == len(frame) - 4
+    assert say.decode("request", frame[4:]) == message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        say.Lookup(1, (b"short",)),
+        say.Lookup(1, (NAME,) * (say.MAX_NAMES + 1)),
+        say.Lookup(1, (NAME,), -1.0),
+        say.Lookup(1, (NAME,), float("nan")),
+        say.Lookup(1, (NAME,), float("inf")),
+        say.Lookup(-1, (NAME,)),
+        say.Reserve(1, (NAME,), NAME, "t" * 65),
+        say.Commit(1, 1, (say.Written(NAME, NAME, 0, ()),)),
+        say.Commit(1, 1, (say.Written(NAME, NAME, -1, (b"c" * 16,)),)),
+        say.Commit(1, 1, (say.Written(NAME, NAME, 0, (b"c" * 16,) * 9),)),
+        say.Abort(1, (2**32,)),
+        say.Refused("not a request"),
+    ],
+)
+def test_what_breaks_a_bound_is_refused(message):
+    with pytest.raises(ProtocolError):
+        say.decode("request", msgspec.msgpack.encode(message))
+
+
+def test_the_longest_answer_fits_a_frame():
+    block = Located(NAME, 2**31, (b"c" * 16,) * 8)
+    answer = say.Matched(1, Match((block,) * say.MAX_NAMES, 2**40, b"b" * 16))
+    assert len(say.encode(answer)) < say.MAX_FRAME_BYTES
+
+
+def test_a_length_over_the_bound_is_refused():
+    with pytest.raises(ProtocolError, match="is the most"):
+        say.body_length((say.MAX_FRAME_BYTES + 1).to_bytes(4, "little"))
