@@ -215,7 +215,8 @@ def open_port(host: str, port: int, flag: str) -> int:
         with socket.create_server((host, port), family=family) as listener:
             return listener.getsockname()[1]
     except OSError as error:
-        reason = error.strerror or str(error)
+        known = error.errno is not None and error.errno > 0  # create_server adds to the text, getaddrinfo has its own
+        reason = os.strerror(error.errno) if known else error.strerror
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}; give another {flag}") from error
 
 

@@ -44,6 +44,9 @@ class EventStream:
         await self.response.write_eof()
 
     async def _write(self, event: bytes) -> None:
-        if not self.response.prepared:
-            await self.response.prepare(self._request)
-        await self.response.write(event)
+        try:
+            if not self.response.prepared:
+                await self.response.prepare(self._request)
+            await self.response.write(event)
+        except ConnectionError as error:  # aiohttp has several, by where it notices
+            raise ConnectionResetError("the client has gone") from error

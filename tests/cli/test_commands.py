@@ -1,0 +1,176 @@
+"""The command line as a person or a script meets it: real `kvferry` processes."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from kvferry.cli import options
+from kvferry.cli.demo_model import demo_model
+from kvferry.cli.models import resolve
+from kvferry.cli.serve import flags, open_port, private_folder, shared_out
+from kvferry.common.config import parse_size
+from kvferry.common.errors import ConfigError
+from kvferry.router.tenants import Tenants
+
+KVFERRY = Path(sysconfig.get_path("scripts")) / "kvferry"
+
+
+def kvferry(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [KVFERRY, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "store", "prefill", "decode", "router", "version", "keys create", "keys list", "keys revoke"]
+)
+def test_every_help_has_an_example(command):
+    shown = kvferry(*command.split(), "--help")
+    assert shown.returncode == 0
+    assert f"Example: kvferry {command}" in shown.stdout
+
+
+def test_help_imports_nothing_heavy():
+    check = (
+        "import sys, kvferry.cli.main; "
+        "heavy = {'torch', 'transformers', 'grpc', 'aiohttp', 'numpy'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", check], cwd="/", check=False).returncode == 0
+
+
+def test_version():
+    assert kvferry("version").stdout.strip() == "0.1.0"
+
+
+def test_keys_from_first_to_last(tmp_path):
+    path = tmp_path / "tenants.toml"
+    made = kvferry("keys", "create", "acme", "--tenants-file", path)
+    key = made.stdout.strip()
+    assert made.returncode == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert Tenants.load(path).authenticate(f"Bearer {key}") == "acme"
+    key_id = key.split("-")[1]
+    assert kvferry("keys", "list", "--tenants-file", path).stdout == f"{key_id}  acme\n"
+    assert kvferry("keys", "revoke", key_id, "--tenants-file", path).returncode == 0
+    assert kvferry("keys", "list", "--tenants-file", path).stdout == ""
+    again = kvferry("keys", "revoke", key_id, "--tenants-file", path)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == f"kvferry keys revoke: there is no key {key_id}; `kvferry keys list` shows those there are\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_keys_made_at_once_are_all_kept(tmp_path):
+    path = tmp_path / "tenants.toml"
+    command = [KVFERRY, "keys", "create", "acme", "--tenants-file", path]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    keys = [process.communicate(timeout=60)[0].strip() for process in running]
+    tenants = Tenants.load(path)
+    assert [tenants.authenticate(f"Bearer {key}") for key in keys] == ["acme"] * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--host", "0.0.0.0"), "without a tenants file everyone who reaches 0.0.0.0 would share one tenant"),
+        (("--store-size", "big"), "'big' is not a size"),
+    ],
+)
+def test_serve_refuses_before_it_starts_anything(tmp_path, arguments, says):
+    refused = kvferry("serve", tmp_path, "--port", 0, "--admin-port", 0, *arguments)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"kvferry serve: {says}")
+    assert refused.stderr.count("\n") == 1
+    assert refused.stdout == ""
+
+
+def test_serve_says_when_a_port_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = kvferry("serve", tmp_path, "--port", port, "--admin-port", 0)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"kvferry serve: cannot listen on 127.0.0.1 port {port}: Address already in use; give another --port\n"
+    )
+
+
+def test_a_role_tells_its_parent_why_it_fails(tmp_path):
+    read_end, write_end = os.pipe()
+    command = [KVFERRY, "store", "--socket", tmp_path / "s", "--size", "1KiB", "--notify-fd", str(write_end)]
+    refused = subprocess.run(command, pass_fds=(write_end,), capture_output=True, text=True, timeout=60, check=False)
+    os.close(write_end)
+    with open(read_end) as pipe:
+        told = pipe.read()
+    sentence = "a store of 1024 bytes is too small; give at least 1MiB"
+    assert refused.returncode == 2
+    assert refused.stderr == f"kvferry store: {sentence}\n"
+    assert told == f'{{"failed":"{sentence}"}}\n'
+
+
+def test_a_role_ends_when_its_parent_has(tmp_path):
+    refused = kvferry("store", "--socket", tmp_path / "s", "--size", "1MiB", "--parent-pid", 1)
+    assert refused.returncode == 2
+    assert "the process that started this one has ended" in refused.stderr
+
+
+def test_demo_model_is_made_once_and_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen = []
+    path, name = resolve("demo", lambda done, total: seen.append((done, total)))
+    assert name == "demo"
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+    assert {file.name for file in Path(path).iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja"}  # fmt: skip
+    made_at = Path(path).stat().st_mtime_ns
+    assert str(demo_model()) == path
+    assert Path(path).stat().st_mtime_ns == made_at
+    assert [folder.name for folder in Path(path).parent.iterdir()] == [Path(path).name]
+
+
+def test_other_models_pass_through(tmp_path):
+    assert resolve("Qwen/Qwen2.5-0.5B") == ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B")
+    assert resolve(str(tmp_path)) == (str(tmp_path.resolve()), tmp_path.name)
+
+
+@pytest.mark.parametrize("size", [1, 4096, 2**20, 2**30, 3 * 2**30, 2**40, 2**30 + 1])
+def test_sizes_read_back(size):
+    assert parse_size(options.size_text(size)) == size
+
+
+def test_flags():
+    assert flags(max_len=5, none=None, many=["a", "b"]) == ("--max-len=5", "--many=a", "--many=b")
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "shares"), [(2, 2, [1, 1]), (8, 2, [4, 4]), (5, 2, [3, 2]), (1, 3, [1, 1, 1])]
+)
+def test_cores_are_shared_out(cores, workers, shares):
+    assert shared_out(cores, workers) == shares
+
+
+def test_private_folder_is_private_and_short():
+    folder = private_folder()
+    try:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert len(str(folder / "prefill-100")) < 100
+    finally:
+        folder.rmdir()
+
+
+def test_open_port():
+    port = open_port("127.0.0.1", 0, "--port")
+    assert open_port("127.0.0.1", port, "--port") == port
+    with pytest.raises(ConfigError, match="give another --port"):
+        open_port("192.0.2.1", 0, "--port")
