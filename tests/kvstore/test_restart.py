@@ -4,9 +4,12 @@ import asyncio
 import gc
 import os
 import signal
+import threading
 from pathlib import Path
 
 from kvferry.common.store_api import MissReason
+from kvferry.kvstore import client as client_module
+from kvferry.kvstore.copying import copy_out
 
 
 def run(story):
@@ -148,25 +151,38 @@ def test_a_store_that_hangs_is_a_store_that_is_gone(ground):
     run(story())
 
 
-def test_a_cancelled_pull_lets_go_of_its_destination_first(ground):
+def test_a_cancelled_pull_lets_go_of_its_destination_first(ground, monkeypatch):
     async def story():
-        node = ground.node(slots=600)
+        node = ground.node()
         client = ground.client(node)
         await client.start()
-        names = ground.names("a", 512)
-        assert await ground.publish(client, names) == 512
-        room = ground.room(512)
-        for _ in range(20):
-            match = await client.lookup(names)
-            pulling = asyncio.create_task(client.pull(match, room))
-            await asyncio.sleep(0.001)
+        names = ground.names("a", 4)
+        assert await ground.publish(client, names) == 4
+        begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+        def slow_copy(*arguments):
+            begun.set()
+            go_on.wait(10)
+            pulled = copy_out(*arguments)
+            ended.set()
+            return pulled
+
+        monkeypatch.setattr(client_module, "copy_out", slow_copy)
+        match = await client.lookup(names)
+        pulling = asyncio.create_task(client.pull(match, ground.room(4)))
+        await ground.until(begun.is_set)
+        for _ in range(3):
             pulling.cancel()
-            await asyncio.gather(pulling, return_exceptions=True)
-            for each in room:
-                each[:8] = b"\0" * 8
-            await asyncio.sleep(0.002)
-            assert all(bytes(each[:8]) == b"\0" * 8 for each in room), "a thread wrote after the pull had returned"
-            assert await client.release(match.lease)
+            await asyncio.wait([pulling], timeout=0.05)
+            assert not pulling.done(), "it returned while a thread could still write to the destination"
+        node.kill()
+        await ground.until(lambda: not client.connected)
+        assert mappings() == 1, "the arena was unmapped under a copy"
+        go_on.set()
+        await asyncio.gather(pulling, return_exceptions=True)
+        assert pulling.cancelled()
+        assert ended.is_set()
+        await ground.until(lambda: mappings() == 0)
         await client.close()
 
     run(story())
