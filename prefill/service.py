@@ -119,7 +119,8 @@ class Fill:
         """Each report is whole and replaces the one before. Ends after the one that says done; raises what the
         computation raised."""
         computing.add_done_callback(lambda _: self._changed.set())
-        while not self._report.done:
+        report = pb.FillReport()
+        while not report.done:
             await self._changed.wait()
             self._changed.clear()
             if computing.done():
