@@ -37,9 +37,18 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
 class Answer:
     """The bodies of one request's answer. `include_usage`: whether a stream's chunks have a `usage` field, null in
-    all but the one that `usage_chunk` makes."""
+    all but the one that `usage_chunk` makes. `prompt_token_ids`: unless None, these go out once, as vLLM has them (in a
+    completion's choice, beside a chat's choices), and every choice tells the `token_ids` of its text."""
 
-    def __init__(self, kind: Kind, model: str, request_id: str, created: int, include_usage: bool = False):
+    def __init__(
+        self,
+        kind: Kind,
+        model: str,
+        request_id: str,
+        created: int,
+        include_usage: bool = False,
+        prompt_token_ids: Sequence[int] | None = None,
+    ):
         self.id = f"{'cmpl' if kind == 'completion' else 'chatcmpl'}-{request_id}"
         self._kind = kind
         self._chunk: dict[str, Any] = {
@@ -49,38 +58,50 @@ class Answer:
             "model": model,
         }
         self._chunk_end = {"usage": None} if include_usage else {}
+        self._prompt_ids = {} if prompt_token_ids is None else {"prompt_token_ids": prompt_token_ids}
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> bytes:
+    def whole(self, text: str, token_ids: Sequence[int], finish_reason: str, usage: Usage) -> bytes:
         """The body of an answer that is not streamed."""
+        ids = self._ids(token_ids)
         if self._kind == "completion":
-            return msgspec.json.encode(self._chunk | {"choices": [_text_choice(text, finish_reason)], "usage": usage})
+            choice = _text_choice(text, finish_reason) | ids | self._prompt_ids
+            return msgspec.json.encode(self._chunk | {"choices": [choice], "usage": usage})
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return msgspec.json.encode(self._chunk | {"object": "chat.completion", "choices": [choice], "usage": usage})
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason} | ids
+        whole = {"object": "chat.completion", "choices": [choice], "usage": usage} | self._prompt_ids
+        return msgspec.json.encode(self._chunk | whole)
 
-    def role_chunk(self) -> bytes | None:
-        """What a stream begins with, before there is any text: a chat's role. None for a completion."""
+    def opening_chunk(self) -> bytes | None:
+        """What a stream begins with, before there is any text: a chat's role, and the prompt's token ids if they were
+        asked for. None when that is nothing."""
         if self._kind == "completion":
+            choice = _text_choice("", None) | self._ids(()) | self._prompt_ids
+            return self._stream_chunk(choice) if self._prompt_ids else None
+        choice = _delta_choice({"role": "assistant", "content": ""}, None) | self._ids(())
+        return self._stream_chunk(choice, self._prompt_ids)
+
+    def text_chunk(self, text: str, token_ids: Sequence[int]) -> bytes | None:
+        """What is new. None when that is nothing a client could see."""
+        ids = self._ids(token_ids)
+        if not text and not (ids and token_ids):
             return None
-        return self._stream_chunk(_delta_choice({"role": "assistant", "content": ""}, None))
-
-    def text_chunk(self, text: str) -> bytes:
-        if self._kind == "completion":
-            return self._stream_chunk(_text_choice(text, None))
-        return self._stream_chunk(_delta_choice({"content": text}, None))
+        choice = _text_choice(text, None) if self._kind == "completion" else _delta_choice({"content": text}, None)
+        return self._stream_chunk(choice | ids)
 
     def last_chunk(self, finish_reason: str) -> bytes:
         """The chunk with the finish reason and no text."""
-        if self._kind == "completion":
-            return self._stream_chunk(_text_choice("", finish_reason))
-        return self._stream_chunk(_delta_choice({}, finish_reason))
+        choice = _text_choice("", finish_reason) if self._kind == "completion" else _delta_choice({}, finish_reason)
+        return self._stream_chunk(choice | self._ids(()))
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The chunk after the last, with no choices."""
         return msgspec.json.encode(self._chunk | {"choices": [], "usage": usage})
 
-    def _stream_chunk(self, choice: dict[str, Any]) -> bytes:
-        return msgspec.json.encode(self._chunk | {"choices": [choice]} | self._chunk_end)
+    def _ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": token_ids} if self._prompt_ids else {}
+
+    def _stream_chunk(self, choice: dict[str, Any], beside: dict[str, Any] | None = None) -> bytes:
+        return msgspec.json.encode(self._chunk | {"choices": [choice]} | (beside or {}) | self._chunk_end)
 
 
 def _text_choice(text: str, finish_reason: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -80,6 +81,16 @@ async def listen(app: web.Application, host: str, port: int, drain_s: float) -> 
         await runner.cleanup()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
     return runner
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is new for the client. The text may lag behind its tokens; the last part, with the finish reason, has the
+    rest of it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
 
 
 class Front:
@@ -209,30 +220,30 @@ class Front:
     async def _whole(
         self, request: web.Request, asked: GenerationRequest, job: Job, record: Record
     ) -> web.StreamResponse:
-        answer = Answer(asked.kind, asked.model, job.request_id, int(time.time()))
-        parts: list[str] = []
-        reason = "stop"
-        async with aclosing(self._texts(asked, job, record)) as texts:
-            async for text, finish_reason in texts:
-                parts.append(text)
-                reason = finish_reason or reason
-        body = answer.whole("".join(parts), reason, self._usage(record))
+        answer = answer_of(asked, job)
+        parts: list[Part] = []
+        async with aclosing(self._parts(asked, job, record)) as arriving:
+            async for part in arriving:
+                parts.append(part)
+        text = "".join([part.text for part in parts])
+        token_ids = [token for part in parts for token in part.token_ids]
+        body = answer.whole(text, token_ids, parts[-1].finish_reason or "stop", self._usage(record))
         return web.Response(body=body, content_type="application/json")
 
     async def _stream(
         self, request: web.Request, asked: GenerationRequest, job: Job, record: Record
     ) -> web.StreamResponse:
-        answer = Answer(asked.kind, asked.model, job.request_id, int(time.time()), asked.include_usage)
+        answer = answer_of(asked, job)
         events = EventStream(request, {"X-Request-Id": job.request_id})
         try:
-            async with aclosing(self._texts(asked, job, record)) as texts:
-                async for text, finish_reason in texts:
-                    if not events.started and (role := answer.role_chunk()):
-                        await events.data(role)
-                    if text:
-                        await events.data(answer.text_chunk(text))
-                    if finish_reason:
-                        await events.data(answer.last_chunk(finish_reason))
+            async with aclosing(self._parts(asked, job, record)) as parts:
+                async for part in parts:
+                    if not events.started and (opening := answer.opening_chunk()):
+                        await events.data(opening)
+                    if chunk := answer.text_chunk(part.text, part.token_ids):
+                        await events.data(chunk)
+                    if part.finish_reason:
+                        await events.data(answer.last_chunk(part.finish_reason))
             if asked.include_usage:
                 await events.data(answer.usage_chunk(self._usage(record)))
             await events.done()
@@ -244,8 +255,8 @@ class Front:
             await events.response.write_eof()
         return events.response
 
-    async def _texts(self, asked: GenerationRequest, job: Job, record: Record) -> AsyncIterator[tuple[str, str | None]]:
-        """Text as it becomes certain; the last item has the finish reason. A stop string ends the request."""
+    async def _parts(self, asked: GenerationRequest, job: Job, record: Record) -> AsyncIterator[Part]:
+        """Tokens as they come, text as it becomes certain. A stop string ends the request."""
         detokenizer = self._tokenizer.detokenizer(asked.stop)
         last = None
         async with aclosing(self._flow.run(job, record)) as pieces:
@@ -259,15 +270,20 @@ class Front:
                 record.output_tokens += len(piece.token_ids)
                 text, stopped = detokenizer.push(piece.token_ids)
                 if stopped:
-                    yield text, "stop"
+                    yield Part(text, piece.token_ids, "stop")
                     return
                 if piece.finish_reason:
-                    yield text + detokenizer.finish(), piece.finish_reason
+                    yield Part(text + detokenizer.finish(), piece.token_ids, piece.finish_reason)
                     return
-                yield text, None
+                yield Part(text, piece.token_ids)
 
     def _usage(self, record: Record) -> Usage:
         return usage_of(record.prompt_tokens, record.output_tokens, record.reused, record.as_dict())
+
+
+def answer_of(asked: GenerationRequest, job: Job) -> Answer:
+    prompt = job.token_ids if asked.return_token_ids else None
+    return Answer(asked.kind, asked.model, job.request_id, int(time.time()), asked.include_usage, prompt)
 
 
 def error_response(error: BaseException, request_id: str) -> web.Response:

@@ -67,6 +67,7 @@ class GenerationRequest:
     cache_salt: str = field(default="", repr=False)
     stream: bool = False
     include_usage: bool = False
+    return_token_ids: bool = False
 
 
 # A `description` completes the sentence "FIELD must be ...".
@@ -110,6 +111,7 @@ class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: Flag | None = None
     stop: Stops | None = None
     cache_salt: Salt | None = None
+    return_token_ids: Flag | None = None
     stream: Flag | None = None
     stream_options: Annotated[StreamOptions, Meta(description="an object")] | None = None
 
@@ -129,7 +131,7 @@ NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,), "length_penalty": (1,), "min_p": (0,), "use_beam_search": (False,),
     "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": ([],), "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "prompt_logprobs": (),
-    "truncate_prompt_tokens": (), "return_token_ids": (False,), "priority": (0,), "user": (ANYTHING,),
+    "truncate_prompt_tokens": (), "priority": (0,), "user": (ANYTHING,),
     "metadata": (ANYTHING,), "store": (False,), "service_tier": ("auto", "default"),
     "safety_identifier": (ANYTHING,), "prompt_cache_key": (ANYTHING,),
 }  # fmt: skip
@@ -184,6 +186,7 @@ def _request(kind: Kind, body: CommonBody, prompt: Prompt, max_tokens: int | Non
         cache_salt=body.cache_salt or "",
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        return_token_ids=bool(body.return_token_ids),
     )
 
 

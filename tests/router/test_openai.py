@@ -330,7 +330,7 @@ def test_nothing_of_the_client_is_in_the_repr():
 def test_completion_answer():
     answer = Answer("completion", "demo", "r1", 123)
     usage = usage_of(5, 2, 3, {"reused": {"gpu": 3}})
-    assert json.loads(answer.whole("hi", "stop", usage)) == {
+    assert json.loads(answer.whole("hi", [7], "stop", usage)) == {
         "id": "cmpl-r1",
         "object": "text_completion",
         "created": 123,
@@ -344,18 +344,18 @@ def test_completion_answer():
             "kvferry": {"reused": {"gpu": 3}},
         },
     }
-    assert answer.role_chunk() is None
-    assert "kvferry" not in json.loads(answer.whole("hi", "stop", usage_of(1, 1, 0)))["usage"]
+    assert answer.opening_chunk() is None
+    assert "kvferry" not in json.loads(answer.whole("hi", [7], "stop", usage_of(1, 1, 0)))["usage"]
 
 
 def test_chat_answer_and_stream():
     answer = Answer("chat", "demo", "r1", 123, include_usage=True)
-    whole = json.loads(answer.whole("hi", "length", usage_of(5, 2, 0)))
+    whole = json.loads(answer.whole("hi", [7], "length", usage_of(5, 2, 0)))
     assert whole["object"] == "chat.completion"
     assert whole["choices"][0]["message"] == {"role": "assistant", "content": "hi", "refusal": None}
     chunks = [
-        answer.role_chunk(),
-        answer.text_chunk("a"),
+        answer.opening_chunk(),
+        answer.text_chunk("a", [7]),
         answer.last_chunk("stop"),
         answer.usage_chunk(usage_of(5, 2, 0)),
     ]
@@ -368,7 +368,27 @@ def test_chat_answer_and_stream():
     assert [chunk["usage"] for chunk in (role, text, last)] == [None] * 3
     assert usage["choices"] == []
     assert usage["usage"]["total_tokens"] == 7
-    assert "usage" not in json.loads(Answer("chat", "demo", "r1", 123).text_chunk("a"))
+    assert "usage" not in json.loads(Answer("chat", "demo", "r1", 123).text_chunk("a", [7]))
+
+
+def test_token_ids_where_vllm_has_them():
+    assert parse("completion").return_token_ids is False
+    assert parse("completion", return_token_ids=True).return_token_ids is True
+    usage = usage_of(2, 1, 0)
+    completion = Answer("completion", "demo", "r1", 123, prompt_token_ids=[5, 6])
+    (choice,) = json.loads(completion.whole("hi", [7], "stop", usage))["choices"]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([5, 6], [7])
+    (choice,) = json.loads(completion.opening_chunk())["choices"]
+    assert (choice["prompt_token_ids"], choice["token_ids"], choice["text"]) == ([5, 6], [], "")
+    chat = Answer("chat", "demo", "r1", 123, prompt_token_ids=[5, 6])
+    for body in (chat.whole("hi", [7], "stop", usage), chat.opening_chunk()):
+        assert json.loads(body)["prompt_token_ids"] == [5, 6]
+    assert json.loads(chat.whole("hi", [7], "stop", usage))["choices"][0]["token_ids"] == [7]
+    for answer in (completion, chat):
+        (choice,) = json.loads(answer.text_chunk("", [7]))["choices"]
+        assert choice["token_ids"] == [7]
+        assert json.loads(answer.last_chunk("stop"))["choices"][0]["token_ids"] == []
+    assert Answer("completion", "demo", "r1", 123).text_chunk("", [7]) is None
 
 
 def test_error_bodies():
