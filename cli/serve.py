@@ -27,7 +27,6 @@ from kvferry.common.process import Note
 from kvferry.common.telemetry import setup_logging
 
 ROUTER_DRAIN_S = 2.0  # less than the supervisor's patience, so that the router ends its streams itself
-WORKER_DRAIN_S = 1.0
 SAME_SIGNAL_S = 0.3  # a process and its group are often both told; that is one wish
 
 Extra = list[str] | None
@@ -167,7 +166,7 @@ def stages(plan: Plan, command: Sequence[str], cores: int) -> list[list[ChildSpe
                       lease_seconds=plan.lease_seconds), *logs, *plan.store_args))  # fmt: skip
 
     def worker(role: str, number: int, address: str, threads: int, extra: tuple[str, ...]) -> ChildSpec:
-        own = flags(listen=address, store=plan.store_socket, threads=threads, drain_seconds=WORKER_DRAIN_S)
+        own = flags(listen=address, store=plan.store_socket, threads=threads)
         return ChildSpec(f"{role}-{number}", (*command, role, plan.model, *own, *plan.worker_flags, *logs, *extra))
 
     workers = [
