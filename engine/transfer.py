@@ -116,6 +116,7 @@ class FillHolding:
         self._transfer, self._seq = transfer, seq
         self._match = Match()
         self._reservation = Reservation((), ())
+        self._claims: dict[int, Claim] = {}  # by the index of the block
         self._there: set[int] = set()
         self.committed = 0  # leading blocks of the sequence that are in the store, leased by us
         self.found = 0  # how many of them were there before us
@@ -134,18 +135,17 @@ class FillHolding:
                 break
             await self.close()
             await store.lookup(seq.names, wait_s=self._transfer.single_flight_wait_s, lease=False)
-        claims = enumerate(self._reservation.claims, start=found)
-        self._there = {*range(found), *(i for i, claim in claims if claim is Claim.PRESENT)}
+        self._claims = dict(enumerate(self._reservation.claims, start=found))
+        self._there = {*range(found), *(i for i, claim in self._claims.items() if claim is Claim.PRESENT)}
         self._count()
         self.found = self.committed
 
     async def publish(self, blocks: list[int], first: int) -> None:
         """Publish those of the computed blocks that are ours to publish. The caller holds the blocks."""
-        offset = len(self._seq.names) - len(self._reservation.names)
         ours = [
             (index, block)
             for index, block in enumerate(blocks, start=first)
-            if index >= offset and self._reservation.claims[index - offset] is Claim.GRANTED
+            if self._claims.get(index) is Claim.GRANTED
         ]
         done = await self._transfer.publish(self._seq, self._reservation, ours)
         self._there.update(index for index, _ in ours[:done])
