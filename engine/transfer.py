@@ -67,8 +67,8 @@ class Transfer:
             if blocks:
                 good = await self.store.pull(match, landing)
         finally:
+            self._pool.release(blocks)  # first: a cancelled pull must not wait for the store's answer, nor lose it
             held = await self.store.release(match.lease)
-            self._pool.release(blocks)
         if not (held and wanted()):
             return 0
         self._memory.land(blocks[:good], landing[:good])
