@@ -85,6 +85,8 @@ class Engine:
             raise InvalidRequest(f"{prompt_len} prompt tokens of {len(token_ids)} in all cannot be")
         if min(token_ids) < 0 or max(token_ids) >= vocab:
             raise InvalidRequest(f"a token id is outside the model's vocabulary of {vocab}", "prompt")
+        if any(not 0 <= token < vocab for token in params.stop_token_ids):
+            raise InvalidRequest(f"a stop token id is outside the model's vocabulary of {vocab}", "stop_token_ids")
         if len(token_ids) >= longest:
             raise InvalidRequest(f"the prompt has {len(token_ids)} tokens; this model takes {longest - 1}", "prompt")
         ends = () if params.ignore_eos else self.model.eos_token_ids
