@@ -1,0 +1,93 @@
+"""Clusters for the tests of this folder: one a session and architecture that nobody harms, and own ones to kill."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import ARCHITECTURES, tiny_checkpoint
+from e2e.cluster import Cluster, Prompts
+from oracle import Oracle
+
+LIVE: pytest.StashKey[list[Cluster]] = pytest.StashKey()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("e2e")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(folder: Path) -> dict[str, Path]:
+    return {arch: tiny_checkpoint(folder / arch, arch) for arch in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def oracles(checkpoints: dict[str, Path]) -> dict[str, Oracle]:
+    return {arch: Oracle(path) for arch, path in checkpoints.items()}
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest, checkpoints: dict[str, Path], folder: Path) -> Iterator:
+    """`shared(arch)`: the session's cluster of an architecture, started when first asked for."""
+    started: dict[str, Cluster] = {}
+
+    def get(arch: str) -> Cluster:
+        if arch not in started:
+            started[arch] = track(request, Cluster(checkpoints[arch], folder / f"{arch}.log")).start()
+        return started[arch]
+
+    yield get
+    for cluster in started.values():
+        cluster.stop()
+
+
+@pytest.fixture
+def llama(shared) -> Cluster:
+    return shared("llama")
+
+
+@pytest.fixture
+def oracle(oracles: dict[str, Oracle]) -> Oracle:
+    """Llama's."""
+    return oracles["llama"]
+
+
+@pytest.fixture(scope="module")
+def own(request: pytest.FixtureRequest, checkpoints: dict[str, Path], folder: Path) -> Iterator:
+    """`own(*flags)`: a cluster of this module alone, stopped, and checked to be gone, with it."""
+    started: list[Cluster] = []
+
+    def start(*flags: str, arch: str = "llama", **more) -> Cluster:
+        log = folder / f"{request.module.__name__.rpartition('.')[2]}-{len(started)}.log"
+        cluster = track(request, Cluster(checkpoints[arch], log, *flags, **more)).start()
+        started.append(cluster)
+        return cluster
+
+    yield start
+    for cluster in started:
+        if cluster.process.poll() is None:
+            cluster.stop()
+
+
+@pytest.fixture
+def prompts(request: pytest.FixtureRequest) -> Prompts:
+    return Prompts(re.sub(r"\W+", "-", request.node.name))
+
+
+def track(request: pytest.FixtureRequest, cluster: Cluster) -> Cluster:
+    request.config.stash.setdefault(LIVE, []).append(cluster)
+    return cluster
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """A failure shows the end of the log of each cluster that runs."""
+    report = yield
+    if report.failed:
+        for cluster in item.config.stash.get(LIVE, []):
+            if getattr(cluster, "process", None) and (cluster.process.poll() is None or call.when != "call"):
+                report.sections.append((f"log of {' '.join(cluster.process.args[1:])}", cluster.tail()))
+    return report
