@@ -103,8 +103,9 @@ class BlockStore(Protocol):
     async def lookup(self, names: Sequence[BlockName], *, wait_s: float = 0.0, lease: bool = True) -> Match:
         """Find the leading names that are committed and, unless told otherwise, lease them.
 
-        With `wait_s`, a first missing name that somebody else is computing is waited for, until all names are there
-        or nobody is computing the first missing one. `lease=False` peeks: no lease, no recency, no hit counted.
+        With `wait_s`, a first missing name that is being computed is waited for, until all names are there or nobody
+        is computing the first missing one. Several streams share a connection, so it may be the caller's own: who
+        waits must have reserved nothing. `lease=False` peeks: no lease, no recency, no hit counted.
         """
         ...
 

@@ -14,7 +14,7 @@ MAX_WAITING = 1024  # look-ups that one connection may have waiting
 
 
 class Waiters:
-    """Who waits for a name that somebody else is computing. Nothing but futures: waiting holds no lease."""
+    """Who waits for a name that is being computed. Nothing but futures: waiting holds no lease."""
 
     def __init__(self, index: Index):
         self._index = index
@@ -123,10 +123,9 @@ class Conversation:
         task.add_done_callback(self._lookups.discard)
 
     async def _lookup_later(self, request: say.Lookup) -> None:
-        """Look up as soon as nobody else computes the first missing name, or the time is over. Holds nothing until
-        then."""
+        """Look up as soon as nobody computes the first missing name, or the time is over. Holds nothing until then."""
         deadline = asyncio.get_running_loop().time() + request.wait_s
-        while (name := self._index.computed_by_other(self._connection, request.names)) is not None:
+        while (name := self._index.being_computed(request.names)) is not None:
             if not await self._waiters.wait(name, deadline):
                 break
         match = self._index.lookup(self._connection, request.names, lease=request.lease)

@@ -144,14 +144,11 @@ class Index:
             self._pin(held, block)
         return Match(blocks, number, self._boot_id, miss)
 
-    def computed_by_other(self, connection: int, names: Sequence[BlockName]) -> BlockName | None:
-        """The first missing name, if another connection is computing it."""
+    def being_computed(self, names: Sequence[BlockName]) -> BlockName | None:
+        """The first missing name, if anybody is computing it; that may be another stream of the one who asks."""
         self.tick()
         first = next((name for name in names if name not in self._catalog), None)
-        pending = None if first is None else self._pending.get(first)
-        if pending is None or pending.lease.connection is self._connections[connection]:
-            return None
-        return first
+        return first if first in self._pending else None
 
     # -- computing and publishing --------------------------------------------------------------------------------
 

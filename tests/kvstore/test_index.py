@@ -302,11 +302,12 @@ def test_what_is_not_committed_is_invisible_and_says_why():
     assert index.lookup(reader, names, lease=True).miss is MissReason.NEVER_STORED
     got = index.reserve(writer, names, parent=ROOT, tenant="x")
     assert index.lookup(reader, names, lease=True).miss is MissReason.BEING_WRITTEN
-    assert index.computed_by_other(reader, names) == names[0]
-    assert index.computed_by_other(writer, names) is None
+    assert index.being_computed(names) == names[0]
     _, slots = index.grant(writer, got.lease, names[:1])
     index.commit(writer, got.lease, [written(names[0], slots[0])])
     assert index.take_settled() == [names[0]]
+    assert index.being_computed(names) == names[1]
+    assert index.being_computed(names[:1]) is None
     match = index.lookup(reader, names, lease=True)
     assert [block.name for block in match.blocks] == names[:1]
     assert match.miss is MissReason.BEING_WRITTEN

@@ -79,11 +79,15 @@ def test_a_second_writer_is_told(ground):
     run(story())
 
 
-@pytest.mark.parametrize("by", ["commit", "release", "disconnect"])
-def test_a_lookup_waits_for_whoever_computes_and_not_longer(ground, by):
+@pytest.mark.parametrize(("by", "shared"), [("commit", False), ("commit", True), ("release", False),
+                                           ("release", True), ("disconnect", False)])  # fmt: skip
+def test_a_lookup_waits_for_whoever_computes_and_not_longer(ground, by, shared):
+    """Also for another stream of its own connection (`shared`)."""
+
     async def story():
         node = ground.node()
-        writer, reader = await started(ground, node), await started(ground, node)
+        writer = await started(ground, node)
+        reader = writer if shared else await started(ground, node)
         names = ground.names("a", 3)
         reservation = await writer.reserve(names, parent=ground.root, tenant="t")
         begun = time.monotonic()
@@ -113,7 +117,6 @@ def test_a_wait_ends_in_time_and_holds_nothing(ground):
         names = ground.names("a", 3)
         assert await ground.publish(writer, names[:1]) == 1
         await writer.reserve(names[1:], parent=names[0], tenant="t")
-        assert (await writer.lookup(names, wait_s=30)).miss is MissReason.BEING_WRITTEN  # one's own: no waiting
         before = (await writer.stats()).leases
         begun = time.monotonic()
         waiting = asyncio.create_task(reader.lookup(names, wait_s=0.5))
