@@ -32,10 +32,15 @@ BRIEFING = (
     "ticket is good for seven days. When the wind is above force eight nothing sails, and tickets are given back. "
 ) * 3
 
+LONG_QUESTION = (
+    "We are a party of nine with two cars, four bicycles and a dog, and we would like to cross in the morning and come "
+    "back on the same day. Which ferries should we take, and which tickets should we buy?"
+)
+
 
 @dataclass(frozen=True)
 class Ask:
-    """One request of the script. `question` None takes the next turn of the tenant's conversation."""
+    """One request of the script. `follows`: the next turn of the tenant's conversation, not a new one."""
 
     what: str
     tenant: str
@@ -48,6 +53,7 @@ SCRIPT = (
     Ask("a first question", "alice", "When does the first ferry leave the north pier?"),
     Ask("the same again", "alice", "When does the first ferry leave the north pier?"),
     Ask("the next turn", "alice", "And how long does it take in a swell?", follows=True),
+    Ask("a turn after a long question", "alice", LONG_QUESTION, follows=True),
     Ask("same briefing, other question", "alice", "May I bring my dog?"),
     Ask("another tenant, first question", "bob", "When does the first ferry leave the north pier?"),
     Ask("the same again", "bob", "When does the first ferry leave the north pier?"),

@@ -26,7 +26,7 @@ from kvferry.common.errors import ConfigError
 from kvferry.common.process import Note
 from kvferry.common.telemetry import setup_logging
 
-ROUTER_DRAIN_S = 2.0  # less than the supervisor's patience, so that the router ends its streams itself
+ROUTER_DRAIN_S = 1.5  # less than the supervisor's patience, so that the router ends its streams itself
 SAME_SIGNAL_S = 0.3  # a process and its group are often both told; that is one wish
 
 Extra = list[str] | None

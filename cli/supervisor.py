@@ -17,8 +17,8 @@ FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
 STEADY_S = 30.0  # who lived so long starts again with the first backoff
 MAX_FAILURES = 5
-FRONT_STOP_S = 2.5  # the front may finish what is under way, while the others still serve it
-REST_STOP_S = 1.5
+FRONT_STOP_S = 2.0  # the front may finish what is under way, while the others still serve it
+REST_STOP_S = 2.5
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from kvferry.common.block import DTYPE_BYTES, BlockLayout
 from kvferry.common.config import EngineConfig, cache_dir
@@ -55,6 +56,7 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
         torch.set_num_threads(config.threads)
     layout = kv_layout(hf_config, config.block_size, dtype)
     fingerprint = fingerprint_of(folder, hf_config, dtype, progress)
+    disable_progress_bar()  # ours is shown by who started the process
     module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation=ATTENTION_NAME, use_safetensors=True
     )

@@ -154,7 +154,7 @@ class Worker:
         finally:
             stopped.cancel()
             self.engine.stop()
-            await server.stop(grace=0.5)
+            await server.stop(grace=None)  # only watch streams are left
             await asyncio.gather(loop, return_exceptions=True)
 
     async def _drain(self) -> None:

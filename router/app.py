@@ -41,6 +41,7 @@ from kvferry.router.sse import EventStream
 from kvferry.router.tenants import Tenants
 from kvferry.router.text import Tokenizer, check_token_ids, load_tokenizer
 
+READY_LOOK_S = 30.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = logging.getLogger(__name__)
@@ -61,14 +62,22 @@ async def serve(config: RouterConfig, notifier: Notifier, stop: asyncio.Event) -
         admin = admin_app(nodes, store, metrics)
         runners.append(await listen(admin, config.admin_host, config.admin_port, config.drain_s))
         runners.append(await listen(front.app(), config.host, config.port, config.drain_s))
-        notifier.ready()
+        ready = asyncio.create_task(tell_when_ready(nodes, notifier))
         await stop.wait()
+        ready.cancel()
     finally:
         for runner in reversed(runners):
             await runner.cleanup()
         await nodes.close()
         await store.close()
         tokenizer.close()
+
+
+async def tell_when_ready(nodes: Nodes, notifier: Notifier) -> None:
+    """The start is over when the first request would be served."""
+    while not await nodes.wait_for(lambda: not nodes.missing(), READY_LOOK_S):
+        log.info("waiting: %s", nodes.missing())
+    notifier.ready()
 
 
 async def listen(app: web.Application, host: str, port: int, drain_s: float) -> web.AppRunner:
