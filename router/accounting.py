@@ -57,6 +57,7 @@ class Record:
         reused_gpu = min(self._source.gpu_tokens, self.reused)
         computed = self.prompt_tokens - self.reused
         restored = self.restored or pb.Reuse()
+        arrived = restored.gpu_tokens + restored.host_tokens
         on_decode = computed if self.fill is None else 0
         again = min(restored.computed_tokens, self.prompt_tokens)
         if self.fill is not None and not self.fill_done:
@@ -64,7 +65,7 @@ class Record:
         return {
             "reused": {"gpu": reused_gpu, "host": self.reused - reused_gpu},
             "computed": {"prefill": computed - on_decode, "decode": on_decode},
-            "transferred": restored.gpu_tokens + restored.host_tokens if self.fill else 0,
+            "transferred": max(0, min(arrived, self.prompt_tokens) - self.reused) if self.fill else 0,
             "recomputed": again - on_decode if self.fill else 0,
             "bytes_pulled": (self.fill.pulled_bytes if self.fill else 0) + restored.pulled_bytes,
             "attempts": self.attempts,
