@@ -18,13 +18,10 @@ PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 def _mul32(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
     """High and low 32 bits of a * constant, both unsigned 32-bit values held in int64.
 
-    Split so that no partial product leaves int64: a * constant = (a_hi * constant) * 2^16 + a_lo * constant.
+    The product wraps modulo 2^64 (two's complement), so all of its 64 bits are there.
     """
-    low = (a & 0xFFFF) * constant
-    high = (a >> 16) * constant
-    total_low = (low & MASK32) + ((high & 0xFFFF) << 16)
-    carry = total_low >> 32
-    return ((low >> 32) + (high >> 16) + carry) & MASK32, total_low & MASK32
+    product = a * constant
+    return (product >> 32) & MASK32, product & MASK32
 
 
 def philox(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
@@ -72,7 +69,9 @@ def keep_likely(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Ten
     top_p keeps the smallest set of most likely tokens, after top_k, whose probability reaches p; at least one.
     """
     device, vocab = logits.device, logits.shape[1]
-    scores = logits / torch.tensor([[p.temperature] for p in params], device=device)
+    # Under the most likely one, so that a tiny temperature makes the others vanish instead of all overflow.
+    temperature = torch.tensor([[p.temperature] for p in params], device=device).clamp(min=torch.finfo().tiny)
+    scores = (logits - logits.amax(dim=1, keepdim=True)) / temperature
     if all(p.top_k == 0 and p.top_p >= 1.0 for p in params):
         return scores
     ordered, order = scores.sort(dim=1, descending=True, stable=True)
