@@ -120,14 +120,15 @@ async def converse(url: str, keys: dict[str, str]) -> list[tuple[Ask, Answer, bo
     histories: dict[str, list[dict[str, str]]] = {}
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=300)) as http:
         model = await only_model(http, keys["alice"])
+        chat = await has_chat(http, keys["alice"], model)
         with console.status("talking") as status:
             for number, ask in enumerate(SCRIPT, 1):
                 status.update(f"talking: {ask.tenant}, {ask.what}")
                 begun = histories[ask.tenant] if ask.follows else [{"role": "system", "content": BRIEFING}]
                 messages = [*begun, {"role": "user", "content": ask.question}]
-                answer = await say(http, keys[ask.tenant], model, messages, ask.salt)
+                answer = await say(http, keys[ask.tenant], model, chat, messages, ask.salt)
                 histories[ask.tenant] = [*messages, {"role": "assistant", "content": answer.text}]
-                plain = await say(http, keys[ask.tenant], model, messages, f"never-{number}-{uuid.uuid4().hex}")
+                plain = await say(http, keys[ask.tenant], model, chat, messages, f"never-{number}-{uuid.uuid4().hex}")
                 if plain.usage["prompt_tokens_details"]["cached_tokens"]:
                     raise Internal("a request under a fresh cache_salt reused something")
                 rows.append((ask, answer, plain.token_ids == answer.token_ids))
@@ -140,11 +141,24 @@ async def only_model(http: Any, key: str) -> str:
         return (await response.json())["data"][0]["id"]
 
 
-async def say(http: Any, key: str, model: str, messages: list[dict[str, str]], salt: str) -> Answer:
-    """One streamed chat request, greedy. Raises Internal with what the server said if it fails."""
+async def has_chat(http: Any, key: str, model: str) -> bool:
+    """Whether the model brings a chat template; a base model is given the conversation as plain text."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    async with http.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}) as response:
+        told = await response.json()
+        if response.status == 400 and told["error"]["param"] == "messages":
+            return False
+        if response.status != 200:
+            raise Internal(f"the server answered {response.status}: {told['error']['message']}")
+        return True
+
+
+async def say(http: Any, key: str, model: str, chat: bool, messages: list[dict[str, str]], salt: str) -> Answer:
+    """One streamed greedy request. Raises Internal with what the server said if it fails."""
+    text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in messages) + "\nassistant:"
     body = {
         "model": model,
-        "messages": messages,
+        **({"messages": messages} if chat else {"prompt": text}),
         "max_tokens": ANSWER_TOKENS,
         "temperature": 0,
         "cache_salt": salt,
@@ -155,7 +169,8 @@ async def say(http: Any, key: str, model: str, messages: list[dict[str, str]], s
     }
     started = time.perf_counter()
     moments, parts, token_ids, usage = [], [], [], {}
-    async with http.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}) as response:
+    route = "/v1/chat/completions" if chat else "/v1/completions"
+    async with http.post(route, json=body, headers={"Authorization": f"Bearer {key}"}) as response:
         if response.status != 200:
             raise Internal(f"the server answered {response.status}: {(await response.text())[:300]}")
         async for line in response.content:
@@ -169,7 +184,7 @@ async def say(http: Any, key: str, model: str, messages: list[dict[str, str]], s
                 if fresh := choice.get("token_ids"):
                     moments.append(time.perf_counter())
                     token_ids += fresh
-                parts.append(choice["delta"].get("content") or "")
+                parts.append((choice["delta"].get("content") if chat else choice["text"]) or "")
     gaps = [late - early for early, late in pairwise(moments)]
     return Answer("".join(parts), token_ids, moments[0] - started, gaps, usage)
 

@@ -26,6 +26,7 @@ from kvferry.engine.batch import Row, StepPlan
 KV_CODE_VERSION = 1  # raised whenever our own arithmetic changes what ends up in a block
 SUPPORTED = ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM")
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 WEIGHT_CHUNK = 2**24
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def find_folder(model: str, revision: str | None) -> Path:
     if (path := Path(model).expanduser()).is_dir():
         return path
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(WANTED_FILES)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{model!r} is neither a folder nor a model that the hub gives: {reason}") from error
