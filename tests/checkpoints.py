@@ -6,19 +6,22 @@ With the default initialiser logits are so flat that a whole wrong KV block keep
 
 from pathlib import Path
 
-from kvferry.cli.demo_model import SPECIAL_TOKENS, save_checkpoint, seed_weights
+from kvferry.cli.demo_model import SPECIAL_TOKENS, UNPRINTABLE_SCALE, save_checkpoint, seed_weights
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 VOCAB_SIZE = 300  # more rows than the tokenizer has ids, as real models have
 MAX_POSITIONS = 1024
 DEVIATION = 0.2
+PRINTABLE = range(32, 127)
 
 
-def tiny_checkpoint(folder: Path, arch: str, seed: int = 0) -> Path:
+def tiny_checkpoint(folder: Path, arch: str, seed: int = 0, printable: bool = False) -> Path:
     """Write a model of `arch` into `folder` (made if need be) and return `folder`.
 
     Hidden size 64, 4 heads of 16, 2 KV heads where the architecture has them, float32; norms and biases are random too.
     Llama has an output matrix of its own, the others share the embedding's. The same seed gives the same bytes.
+    `printable`: it writes nothing but printable ASCII, so that its text, sent back in a chat's next turn, is the same
+    tokens again. Prompts should be printable too then: the other rows of a shared embedding are small.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -28,6 +31,10 @@ def tiny_checkpoint(folder: Path, arch: str, seed: int = 0) -> Path:
     model = AutoModelForCausalLM.from_config(config)
     seed_weights(model, seed, DEVIATION)
     _seed_vectors(model, torch.Generator().manual_seed(seed + 1))
+    if printable:
+        with torch.no_grad():
+            for rows in (slice(0, PRINTABLE.start), slice(PRINTABLE.stop, None)):
+                model.get_output_embeddings().weight[rows] *= UNPRINTABLE_SCALE
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )

@@ -18,13 +18,16 @@ from typing import Any, TypeVar
 
 import httpx
 import psutil
+from checkpoints import PRINTABLE
 
 KVFERRY = (str(Path(sys.executable).parent / "kvferry"),)
 START_S = 60.0
 STOP_S = 5.0
 ANSWER_S = 60.0
 MAX_TOKENS = 24
-VOCAB_SIZE = 300
+BLOCK = 16
+POOL_BLOCKS = 96
+LOCAL = 24  # up to so many uncached tokens are computed by decode itself
 T = TypeVar("T")
 
 
@@ -48,7 +51,10 @@ class Prompts:
         self._random = random.Random(self.seed)
 
     def tokens(self, length: int) -> list[int]:
-        return [self._random.randrange(VOCAB_SIZE) for _ in range(length)]
+        return self._random.choices(PRINTABLE, k=length)
+
+    def text(self, length: int) -> str:
+        return bytes(self.tokens(length)).decode()
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Reply:
 
     status: int
     body: dict[str, Any] = field(default_factory=dict)
+    prompt_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
@@ -81,7 +88,9 @@ class Reply:
     def take(self, body: dict[str, Any]) -> None:
         """A whole body, or one more chunk."""
         self.usage = body.get("usage") or self.usage
+        self.prompt_token_ids = body.get("prompt_token_ids") or self.prompt_token_ids
         for choice in body.get("choices", ()):
+            self.prompt_token_ids = choice.get("prompt_token_ids") or self.prompt_token_ids
             said = choice.get("message") or choice.get("delta") or choice
             self.text += said.get("text") or said.get("content") or ""
             self.token_ids += choice.get("token_ids") or []
@@ -130,10 +139,11 @@ class Cluster:
         self._command = [
             *command, "serve", str(model), f"--port={self.port}", f"--admin-port={self.admin_port}",
             "--store-size=64MiB", "--dtype=float32", "--threads=1", "--max-num-batched-tokens=64",
-            "--num-gpu-blocks-override=96", "--max-local-prefill-length=24", *flags,
+            f"--num-gpu-blocks-override={POOL_BLOCKS}", f"--max-local-prefill-length={LOCAL}", *flags,
         ]  # fmt: skip
         self._env = {**os.environ, **(env or {}), "TERM": "dumb", "NO_COLOR": "1"}
         self._seen: dict[int, psutil.Process] = {}
+        self.key = ""  # of the tenant whose requests these are, unless a test says otherwise
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -239,6 +249,11 @@ class Cluster:
     def settle(self) -> None:
         until(self.idle, 5, "idle")
 
+    def flush(self, prompts: Prompts) -> None:
+        """Push every name out of the workers' page pools; what is found from here on comes from the store."""
+        for _ in range(2):
+            self.ask(prompts.tokens(POOL_BLOCKS * BLOCK // 2), max_tokens=2)
+
     # -- asking --------------------------------------------------------------------------------------------------
 
     def body(self, prompt: Sequence[int] | str, **fields: Any) -> dict[str, Any]:
@@ -270,14 +285,14 @@ class Cluster:
                 reply = stream.rest()
                 assert stream.finished or "error" in reply.body or reply.status != 200, "the stream broke off"
                 return reply
-        response = self.http.post(path, json=body, headers=credential(key))
+        response = self.http.post(path, json=body, headers=credential(key or self.key))
         reply = Reply(response.status_code, response.json())
         reply.take(reply.body)
         return reply
 
     @contextmanager
     def stream(self, path: str, body: dict[str, Any], key: str = "") -> Iterator[Stream]:
-        with self.http.stream("POST", path, json=body, headers=credential(key)) as response:
+        with self.http.stream("POST", path, json=body, headers=credential(key or self.key)) as response:
             yield Stream(response)
 
     @contextmanager

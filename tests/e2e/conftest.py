@@ -1,15 +1,18 @@
 """Clusters for the tests of this folder: one a session and architecture that nobody harms, and own ones to kill."""
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import ARCHITECTURES, tiny_checkpoint
-from e2e.cluster import Cluster, Prompts
+from e2e.cluster import KVFERRY, Cluster, Prompts
 from oracle import Oracle
 
+TENANTS = ("acme", "beta", "a", "ab")
+TENANTS_FILE = "tenants.toml"
 LIVE: pytest.StashKey[list[Cluster]] = pytest.StashKey()
 
 
@@ -21,7 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoints(folder: Path) -> dict[str, Path]:
-    return {arch: tiny_checkpoint(folder / arch, arch) for arch in ARCHITECTURES}
+    return {arch: tiny_checkpoint(folder / arch, arch, printable=True) for arch in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def keys(folder: Path) -> dict[str, str]:
+    """An API key for each tenant, as `kvferry keys create` gives it."""
+    create = [*KVFERRY, "keys", "create", f"--tenants-file={folder / TENANTS_FILE}"]
+    return {name: subprocess.check_output([*create, name], text=True).strip() for name in TENANTS}
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +40,16 @@ def oracles(checkpoints: dict[str, Path]) -> dict[str, Oracle]:
 
 
 @pytest.fixture(scope="session")
-def shared(request: pytest.FixtureRequest, checkpoints: dict[str, Path], folder: Path) -> Iterator:
-    """`shared(arch)`: the session's cluster of an architecture, started when first asked for."""
+def shared(request: pytest.FixtureRequest, checkpoints: dict[str, Path], folder: Path, keys: dict) -> Iterator:
+    """`shared(arch)`: the session's cluster of an architecture, started when first asked for. It has tenants."""
     started: dict[str, Cluster] = {}
 
     def get(arch: str) -> Cluster:
         if arch not in started:
-            started[arch] = track(request, Cluster(checkpoints[arch], folder / f"{arch}.log")).start()
+            flag = f"--tenants-file={folder / TENANTS_FILE}"
+            cluster = track(request, Cluster(checkpoints[arch], folder / f"{arch}.log", flag))
+            cluster.key = keys[TENANTS[0]]
+            started[arch] = cluster.start()
         return started[arch]
 
     yield get
