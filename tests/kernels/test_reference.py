@@ -35,7 +35,7 @@ CASES = st.builds(
 
 
 class Paged:
-    """A case's keys and values, dense and in a pool that holds NaN elsewhere; each sequence's blocks in random order."""
+    """A case's keys and values, dense and in a pool that holds NaN elsewhere; blocks in random order."""
 
     def __init__(self, case: Case, layer: int):
         self.case, self.layer = case, layer
