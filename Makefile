@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 .PHONY: setup demo test test-long lint proto clean
 
 setup: $(VENV)/.ready
+	@:
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (the first time takes minutes: torch is large)"
