@@ -41,8 +41,9 @@ class Scheduler:
 
         Raises InvalidRequest if it can never fit, Overloaded if the queue is full.
         """
-        room = len(seq.token_ids) + min(seq.limit, seq.params.max_tokens)
-        tokens = min(max(room, len(seq.token_ids) + 1), seq.max_model_len + 1)
+        known = len(seq.token_ids)  # some of them may be generated already, on a node that is gone
+        longest = min(known + seq.limit, seq.prompt_len + seq.params.max_tokens, seq.max_model_len)
+        tokens = max(longest, known + 1)
         blocks = -(-tokens // seq.block_size)
         if blocks > self._pool.num_blocks:
             raise InvalidRequest(
