@@ -17,7 +17,8 @@ from kvferry.engine.sequence import Sequence, Status
 class Scheduler:
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int, max_waiting: int):
         self._pool = pool
-        self._max_num_seqs = max_num_seqs
+        # Not more than the budget: else tokens of the young could use up every step, and an old prompt would starve.
+        self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self._budget = max_num_batched_tokens
         self._max_waiting = max_waiting
         self._sequences: dict[int, Sequence] = {}
