@@ -5,7 +5,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 
@@ -15,9 +15,9 @@ from kvferry.common.errors import ConfigError, IncompatibleNode, Unavailable
 from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.store_api import BlockStore
-from kvferry.common.wire import CHANNEL_OPTIONS, layout_to_wire, sampling_from_wire, scope_from_wire
+from kvferry.common.wire import CHANNEL_OPTIONS, answers_errors, layout_to_wire, sampling_from_wire, scope_from_wire
 from kvferry.engine.engine import Engine
-from kvferry.engine.model import LoadedModel
+from kvferry.engine.model import LoadedModel, load_model
 from kvferry.engine.sequence import Sequence, Status
 from kvferry.engine.transfer import Transfer
 
@@ -28,12 +28,52 @@ log = logging.getLogger(__name__)
 
 
 class CountingStore(BlockStore, Protocol):
-    """A store that counts what passed through it here."""
+    """A store that counts what passed through it here, and can be opened and closed."""
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
 
     pulled_bytes: int
     published_bytes: int
     bad_blocks: int
     pull_bytes_per_s: float
+
+
+async def serve_worker(
+    config: WorkerConfig,
+    open_store: Callable[[WorkerConfig, BlockLayout], CountingStore],
+    service: Callable[["Worker"], "WatchedService"],
+    register: Callable[["WatchedService", grpc.aio.Server], None],
+    notifier: Notifier,
+    stop: asyncio.Event,
+) -> None:
+    """Load, connect to the store, answer calls until `stop`. Raises KvferryError with one sentence when it cannot
+    start."""
+    model = await asyncio.to_thread(load_model, config.engine, notifier.progress)
+    store = open_store(config, model.layout)
+    await store.start()
+    try:
+        worker = Worker(config, model, store)
+        await worker.serve(service(worker), register, notifier, stop)
+    finally:
+        await store.close()
+
+
+class WatchedService:
+    """The part of both services by which the router knows who is there."""
+
+    log = log
+
+    def __init__(self, worker: "Worker"):
+        self._worker = worker
+
+    @answers_errors
+    async def Watch(
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WorkerStatus]:
+        async for status in self._worker.watch():
+            yield status
 
 
 class Worker:
@@ -132,7 +172,11 @@ class Worker:
         )
 
     async def serve(
-        self, service: Any, register: Callable[[Any, grpc.aio.Server], None], notifier: Notifier, stop: asyncio.Event
+        self,
+        service: WatchedService,
+        register: Callable[[WatchedService, grpc.aio.Server], None],
+        notifier: Notifier,
+        stop: asyncio.Event,
     ) -> None:
         """Answer calls until `stop`, then drain: no new streams, and up to `drain_s` for those that are open."""
         server = grpc.aio.server(options=CHANNEL_OPTIONS)

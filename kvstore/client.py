@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from kvferry.common.block import BlockLayout
+from kvferry.common.config import WorkerConfig
 from kvferry.common.errors import IncompatibleNode
 from kvferry.common.failpoints import Failpoints
 from kvferry.common.hashing import BlockName
@@ -51,6 +53,10 @@ class StoreClient:
         self._leases: dict[int, tuple[Link, int]] = {}  # our handle -> the link that gave it, the node's handle
         self._last_lease = 0
         self._keeper: asyncio.Task | None = None
+
+    @classmethod
+    def of_worker(cls, config: WorkerConfig, layout: BlockLayout) -> "StoreClient":
+        return cls(config.store, layout.block_bytes, layout.segments, config.role, Failpoints(config.failpoints))
 
     @property
     def connected(self) -> bool:

@@ -8,44 +8,23 @@ import grpc
 
 from kvferry.common.config import WorkerConfig
 from kvferry.common.errors import InvalidRequest
-from kvferry.common.failpoints import Failpoints
 from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
 from kvferry.common.wire import answers_errors, first_command
-from kvferry.engine.model import load_model
 from kvferry.engine.sequence import Sequence
 from kvferry.engine.transfer import FillHolding
-from kvferry.engine.worker import Worker
+from kvferry.engine.worker import WatchedService, Worker, serve_worker
 from kvferry.kvstore.client import StoreClient
 
 
 async def serve(config: WorkerConfig, notifier: Notifier, stop: asyncio.Event) -> None:
     """Run a prefill process until `stop` is set. Raises KvferryError with one sentence when it cannot start."""
-    model = await asyncio.to_thread(load_model, config.engine, notifier.progress)
-    store = StoreClient(
-        config.store, model.layout.block_bytes, model.layout.segments, "prefill", Failpoints(config.failpoints)
-    )
-    await store.start()
-    try:
-        worker = Worker(config, model, store)
-        await worker.serve(PrefillService(worker), add_PrefillServicer_to_server, notifier, stop)
-    finally:
-        await store.close()
+    await serve_worker(config, StoreClient.of_worker, PrefillService, add_PrefillServicer_to_server, notifier, stop)
 
 
-class PrefillService(PrefillServicer):
+class PrefillService(WatchedService, PrefillServicer):
     log = logging.getLogger(__name__)
-
-    def __init__(self, worker: Worker):
-        self._worker = worker
-
-    @answers_errors
-    async def Watch(
-        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.WorkerStatus]:
-        async for status in self._worker.watch():
-            yield status
 
     @answers_errors
     async def Fill(
