@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 import xxhash
 from huggingface_hub import snapshot_download
@@ -165,8 +166,8 @@ def hash_files(files: list[Path], progress: Progress) -> list[bytes]:
     """XXH3-128 of each file. Remembered in the cache folder by path, size, mtime and inode."""
     memory = cache_dir() / "fingerprints.json"
     try:
-        known: dict[str, str] = json.loads(memory.read_text())
-    except (FileNotFoundError, ValueError):
+        known = msgspec.json.decode(memory.read_bytes(), type=dict[str, str])
+    except (FileNotFoundError, msgspec.MsgspecError):
         known = {}
     total, done, digests, fresh = sum(f.stat().st_size for f in files), 0, [], {}
     for file in files:
