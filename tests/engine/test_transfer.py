@@ -1,0 +1,161 @@
+"""Between page pool and store: what is there is pulled and not computed, what is not there or bad is computed, and the
+answers are the reference's either way."""
+
+import asyncio
+
+import pytest
+from checkpoints import ARCHITECTURES
+from engine_harness import BLOCK, assert_greedy, prompt_of, running, until
+from memory_store import MemoryStore
+
+from kvferry.engine.transfer import FillHolding
+from kvferry.prefill.service import Fill
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 47, 80])
+def test_a_fill_publishes_every_full_block(models, length):
+    async def main():
+        async with running(models["llama"], max_num_batched_tokens=32) as node:
+            fill, report = await node.fill(prompt_of(length))
+            assert report.committed_blocks == length // BLOCK == len(node.store.blocks)
+            assert report.first_token == (await node.ask(prompt_of(length), 1))[0]
+            names = node.scope.chain(prompt_of(length))
+            parents = [node.scope.root(), *names][: len(names)]
+            assert [node.store.parents[name] for name in names] == parents
+            await fill.close()
+
+    asyncio.run(main())
+
+
+def test_what_is_published_is_pulled_and_not_computed(models, references):
+    prompt = prompt_of(80)
+
+    async def main():
+        store = MemoryStore()
+        async with running(models["llama"], store) as node:
+            await node.publish(prompt)
+        async with running(models["llama"], store) as node:
+            seq = node.sequence(prompt)
+            assert_greedy(references["llama"], prompt, await node.tokens(seq))
+            assert node.computed(seq) == list(range(64, 91)), "the last block is not reused: a token must be left"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("how", ["bad", "evicted"])
+def test_a_hole_is_all_that_is_computed(models, references, arch, how):
+    prompt = prompt_of(101)
+
+    async def main():
+        async with running(models[arch]) as node:
+            await node.publish(prompt)
+            node.forget()
+            hole = node.scope.chain(prompt)[2]
+            node.store.bad.add(hole) if how == "bad" else node.store.evict(hole)
+            seq = node.sequence(prompt, 4)
+            assert_greedy(references[arch], prompt, await node.tokens(seq), 4)
+            assert node.computed(seq) == [*range(32, 48), *range(96, 104)]
+
+    asyncio.run(main())
+
+
+def test_a_lapsed_lease_drops_all_that_was_pulled(models, references):
+    prompt = prompt_of(60)
+
+    async def main():
+        async with running(models["llama"]) as node:
+            await node.publish(prompt)
+            node.forget()
+            node.store.torn = True
+            seq = node.sequence(prompt)
+            assert_greedy(references["llama"], prompt, await node.tokens(seq))
+            assert node.store.calls["pull"] > 0
+            assert node.computed(seq)[0] == 0
+            node.store.torn = False
+
+    asyncio.run(main())
+
+
+def test_the_second_of_two_fills_waits_for_the_first(models):
+    prompt = prompt_of(65)
+
+    async def main():
+        async with running(models["llama"], max_num_batched_tokens=16) as node:
+            node.store.publishing.clear()
+            first = asyncio.create_task(node.fill(prompt))
+            await until(lambda: node.store.calls["publish"] > 0)
+            second = asyncio.create_task(node.fill(prompt))
+            await until(lambda: node.store.waiters > 0)
+            before = len(node.store.leases)
+            node.store.publishing.set()
+            filled, report = await first
+            assert before == 1, "who waits holds nothing"
+            again, reused = await second
+            assert (report.reuse.computed_tokens, reused.reuse.computed_tokens) == (65, 1)
+            assert report.first_token == reused.first_token
+            assert reused.committed_blocks == 4
+            await filled.close()
+            await again.close()
+
+    asyncio.run(main())
+
+
+def test_a_fill_whose_first_is_gone_computes(models):
+    """The one that reserved goes away without publishing: who waited takes over."""
+    prompt = prompt_of(40)
+
+    async def main():
+        async with running(models["llama"]) as node:
+            gone = FillHolding(node.transfer, node.sequence(prompt))
+            await gone.open()
+            waiting = asyncio.create_task(node.fill(prompt))
+            await until(lambda: node.store.waiters > 0)
+            assert not node.plans
+            await gone.close()
+            fill, report = await waiting
+            assert (report.committed_blocks, report.reuse.computed_tokens) == (2, 40)
+            await fill.close()
+
+    asyncio.run(main())
+
+
+def test_a_publisher_that_is_cancelled_lets_go(models):
+    async def main():
+        async with running(models["llama"], max_num_batched_tokens=16) as node:
+            node.store.publishing.clear()
+            seq = node.sequence(prompt_of(65), limit=1)
+            fill = Fill(node, seq)
+            computing = asyncio.create_task(fill.run())
+            await until(lambda: node.store.calls["publish"] > 0 and seq not in node.engine.scheduler)
+            assert node.engine.pool.num_free == 60, "the blocks that wait for publishing are held"
+            computing.cancel()
+            await asyncio.gather(computing, return_exceptions=True)
+            await fill.close()
+            assert node.engine.pool.num_free == 64
+            assert not node.store.blocks
+
+    asyncio.run(main())
+
+
+def test_blocks_are_free_while_a_store_is_slow_to_take_a_lease_back(models):
+    """Whoever stops a pull gets the pool's blocks back at once, also when stopped twice."""
+    prompt = prompt_of(60)
+
+    async def main():
+        async with running(models["llama"]) as node:
+            await node.publish(prompt)
+            node.forget()
+            node.store.releasing.clear()
+            asking = asyncio.create_task(node.ask(prompt))
+            released = node.store.calls["release"]
+            await until(lambda: node.store.calls["release"] > released)
+            for _ in range(2):
+                asking.cancel()
+                await asyncio.sleep(0)
+            await asyncio.gather(asking, return_exceptions=True)
+            assert node.engine.pool.num_free == 64
+            node.store.releasing.set()
+            node.store.leases.clear()  # the release that was cut off; a real store's connection ends it
+
+    asyncio.run(main())
