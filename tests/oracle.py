@@ -47,6 +47,10 @@ class Oracle:
         self._model.generation_config.eos_token_id = None  # requests come with ignore_eos
         self._known: dict[tuple[tuple[int, ...], int], Answer] = {}
 
+    def refuses(self, prompt: Sequence[int], served: Sequence[int]) -> str:
+        """Why `served` is not the answer to `prompt`; empty when it is."""
+        return self.answer(prompt, len(served)).difference(served)
+
     def answer(self, prompt: Sequence[int], max_tokens: int) -> Answer:
         key = (tuple(prompt), max_tokens)
         if key not in self._known:
