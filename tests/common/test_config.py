@@ -1,0 +1,138 @@
+"""Configuration is checked when it is made, and refuses in one sentence."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from kvferry.common import config
+from kvferry.common.config import (
+    EngineConfig,
+    RouterConfig,
+    StoreConfig,
+    WorkerConfig,
+    cache_dir,
+    check_worker_address,
+    is_loopback,
+    parse_size,
+)
+from kvferry.common.errors import ConfigError
+
+SOCKET = Path("/tmp/s")
+ROUTER = RouterConfig(model="m", served_model_name="m", prefill=(), decode=("unix:/tmp/d",), store=SOCKET)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4096", 4096),
+        ("4GiB", 4 * 2**30),
+        ("512MiB", 512 * 2**20),
+        (" 1.5 G ", 1_500_000_000),
+        ("2k", 2000),
+        ("3ki", 3072),
+        ("1TiB", 2**40),
+        ("7B", 7),
+        ("0", 0),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "4 gigs", "4GiBB", "1,5G", "inf", "0x10", "1..5G"])
+def test_what_is_not_a_size(text):
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback(host):
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.com", "localhost.a.com", "127.0.0.1x"])
+def test_not_loopback(host):
+    assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("address", ["unix:/run/w", "127.0.0.1:9000", "localhost:1", "[::1]:9000"])
+def test_worker_addresses(address):
+    assert check_worker_address(address) == address
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:9000", "[::]:9000", ":9000", "10.0.0.1:9000", "worker.local:9000"])
+def test_a_worker_that_others_could_reach_is_refused(address):
+    with pytest.raises(ConfigError, match="can be reached from other hosts"):
+        check_worker_address(address)
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", "/run/worker"])
+def test_what_is_not_an_address(address):
+    with pytest.raises(ConfigError, match="is not a worker address"):
+        check_worker_address(address)
+
+
+def test_every_address_of_a_config_is_checked():
+    engine = EngineConfig(model="m")
+    with pytest.raises(ConfigError, match="other hosts"):
+        WorkerConfig(role="decode", engine=engine, listen="0.0.0.0:1", store=SOCKET)
+    for role in ("prefill", "decode"):
+        with pytest.raises(ConfigError, match="other hosts"):
+            dataclasses.replace(ROUTER, **{role: ("127.0.0.1:1", "10.0.0.1:1")})
+    with pytest.raises(ConfigError, match="at least one decode"):
+        dataclasses.replace(ROUTER, decode=())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2"])
+def test_without_tenants_nobody_else_may_reach_the_router(host):
+    with pytest.raises(ConfigError, match="kvferry keys create"):
+        dataclasses.replace(ROUTER, host=host)
+    assert dataclasses.replace(ROUTER, host=host, tenants_file=Path("t")).host == host
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block_size": 0},
+        {"max_num_seqs": 0},
+        {"max_num_batched_tokens": -1},
+        {"max_waiting": 0},
+        {"max_model_len": 0},
+        {"num_blocks": 0},
+        {"threads": 0},
+        {"dtype": "int8"},
+    ],
+)
+def test_an_engine_that_could_not_work(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        EngineConfig(model="m", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"size_bytes": 2**20 - 1}, "too small"),
+        ({"lease_s": 0.1}, "too short"),
+        ({"socket": Path("/" + "s" * 120)}, "too long"),
+    ],
+)
+def test_a_store_that_could_not_work(wrong, word):
+    with pytest.raises(ConfigError, match=word):
+        StoreConfig(**{"socket": SOCKET, **wrong})
+
+
+@pytest.mark.parametrize("kind", [EngineConfig, RouterConfig, StoreConfig, WorkerConfig])
+def test_configs_are_frozen_and_take_no_unknown_key(kind):
+    assert kind.__dataclass_params__.frozen
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        kind(no_such_setting=1)
+
+
+def test_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_dir() == tmp_path / "x" / "kvferry"
+    assert cache_dir().is_dir()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(config.Path, "home", lambda: tmp_path / "home")
+    assert cache_dir() == tmp_path / "home" / ".cache" / "kvferry"
