@@ -26,7 +26,7 @@ class Record:
     attempts: int = 0
     output_tokens: int = 0
     first_token_at: float | None = None
-    most_reusable: int | None = None  # once an attempt has failed: what was there before we computed anything
+    most_reusable: int | None = None  # once something has failed: what was there before we computed anything
 
     def note_fill(self, report: pb.FillReport) -> None:
         if report.started:
@@ -36,9 +36,13 @@ class Record:
     def note_failure(self) -> None:
         """An attempt failed. What it computed may be found in the store by the next, which is not a hit: a failover
         never raises the number of cached tokens."""
+        self.note_broken_fill()
+        self.fill, self.restored, self.fill_done = None, None, False
+
+    def note_broken_fill(self) -> None:
+        """A fill broke. Another node, or decode, goes on from what it has published; that is not a hit either."""
         if self.most_reusable is None:
             self.most_reusable = self.reused if self.fill or self.restored else self.placements[-1].cached_tokens
-        self.fill, self.restored, self.fill_done = None, None, False
 
     @property
     def _source(self) -> pb.Reuse:

@@ -136,6 +136,7 @@ class Handover:
     def _note_broken_fill(self, node: Node, error: KvferryError) -> None:
         log.warning("the fill on %s broke: %s", node.address, error, extra={"request_id": self._sequence.request_id})
         self._metrics.failed_attempts.labels("prefill").inc()
+        self._record.note_broken_fill()
         if isinstance(error, Unavailable):
             self._nodes.mark_gone(node)
 
