@@ -159,3 +159,31 @@ def test_blocks_are_free_while_a_store_is_slow_to_take_a_lease_back(models):
             node.store.leases.clear()  # the release that was cut off; a real store's connection ends it
 
     asyncio.run(main())
+
+
+def test_what_arrives_after_a_preemption_is_dropped(models, references):
+    """The blocks it was meant for are somebody else's by then, and the sequence has others."""
+    prompt = prompt_of(60)
+
+    async def main():
+        async with running(models["llama"]) as node:
+            await node.publish(prompt)
+            node.forget()
+            node.store.releasing.clear()
+            released = node.store.calls["release"]
+            seq = node.sequence(prompt)
+            asking = asyncio.create_task(node.tokens(seq))
+            await until(lambda: node.store.calls["release"] > released)
+            meant_for = seq.block_table
+            node.engine.scheduler.preempt(seq)
+            others = node.engine.pool.allocate(40)
+            assert set(meant_for) <= set(others)
+            node.engine._admit()
+            assert seq.admissions == 2
+            node.store.evict(seq.names[0])
+            node.store.releasing.set()
+            assert_greedy(references["llama"], prompt, await asking)
+            assert node.computed(seq)[0] == 0, "it was taken for restored"
+            node.engine.pool.release(others)
+
+    asyncio.run(main())
