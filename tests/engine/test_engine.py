@@ -123,6 +123,28 @@ def test_an_abort_frees_everything_and_disturbs_nobody(models, references):
         assert_greedy(references["llama"], prompt, tokens, 30)
 
 
+def test_room_that_an_abort_makes_is_given_on_at_once(models, references):
+    """Also when no step runs: the one that went was only being restored."""
+    prompt = prompt_of(33)
+
+    async def main():
+        async with running(models["llama"], max_num_seqs=1) as node:
+            begun = asyncio.Event()
+
+            async def forever(seq):
+                begun.set()
+                await asyncio.Event().wait()
+
+            first = asyncio.create_task(node.tokens(node.sequence(prompt), forever))
+            await begun.wait()
+            second = asyncio.create_task(node.ask(prompt))
+            await until(lambda: node.engine.scheduler.of(Status.WAITING))
+            first.cancel()
+            return await second
+
+    assert_greedy(references["llama"], prompt, asyncio.run(main()))
+
+
 def test_a_failed_step_fails_its_streams_only(models, references, caplog):
     prompts = [prompt_of(20, seed) for seed in range(3)]
 

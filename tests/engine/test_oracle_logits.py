@@ -1,12 +1,18 @@
 """Our logits against transformers' own, in one process: within 1e-4 of their standard deviation, however the tokens are
 cut into rows and wherever their blocks lie. The mutants show that a wrong block or position would be seen."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from checkpoints import ARCHITECTURES
+from transformers import AutoModelForCausalLM
 
+from kvferry.common.config import EngineConfig
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Draw, Row, StepPlan
+from kvferry.engine.model import load_model
 from kvferry.engine.runner import Runner
 
 TOLERANCE = 1e-4
@@ -79,6 +85,19 @@ def test_a_ragged_batch(paged):
     assert batch.step(s0=5, s3=32, s6=80, s7=33) < TOLERANCE
     assert batch.step(s4=33, s0=1, s1=16, s3=17, s2=15, s6=1, s7=1) < TOLERANCE
     assert batch.step(s6=9, s5=3, s3=11, s2=1, s1=1, s0=34) < TOLERANCE
+
+
+@pytest.mark.parametrize("changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
+def test_the_models_own_scaling(checkpoint_folders, tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = shutil.copytree(checkpoint_folders["gpt2"], tmp_path / "scaled")
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    model = load_model(EngineConfig(model=str(folder), device="cpu", threads=1), lambda *_: None)
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    sequence = Paged(model, reference, [40])
+    assert sequence.step(s0=33) < TOLERANCE
+    assert sequence.step(s0=1) < TOLERANCE
 
 
 def test_rows_without_a_draw_give_no_logits(models):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Draw
-from kvferry.engine.sampler import gumbel_noise, philox, sample
+from kvferry.engine.sampler import gumbel_noise, keep_likely, philox, sample
 
 CPU = torch.device("cpu")
 ONES = 0xFFFFFFFF
@@ -124,6 +124,22 @@ def test_each_row_is_chosen_as_the_reference_does(draws, seed):
     logits = logits_for(seed, len(draws))
     expected = [choose(row, draw) for row, draw in zip(logits.double().tolist(), draws, strict=True)]
     assert sample(logits, draws) == expected
+
+
+@settings(deadline=None, max_examples=200)
+@given(draw=DRAWS, seed=SEEDS)
+def test_what_top_k_and_top_p_leave(draw, seed):
+    assume(draw.params.temperature > 0)
+    logits = logits_for(seed, 1)
+    kept = keep_likely(logits, [draw.params])[0].isfinite().nonzero().flatten().tolist()
+    assert kept == sorted(likely(logits[0].double().tolist(), draw.params))
+
+
+@settings(deadline=None)
+@given(draw=DRAWS)
+def test_the_noise_is_what_the_formula_says(draw):
+    expected = torch.tensor([noise_of(i, draw) for i in range(9)], dtype=torch.float64)
+    torch.testing.assert_close(gumbel_noise(9, draw, CPU), expected, rtol=0, atol=1e-12)
 
 
 @settings(deadline=None)

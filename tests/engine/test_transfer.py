@@ -187,3 +187,25 @@ def test_what_arrives_after_a_preemption_is_dropped(models, references):
             node.engine.pool.release(others)
 
     asyncio.run(main())
+
+
+def test_an_offer_publishes_what_nobody_has_or_makes(models):
+    async def main():
+        async with running(models["llama"]) as node:
+            seq = node.sequence(prompt_of(70))
+            root, names = node.scope.root(), seq.names
+            await node.publish(seq.token_ids[:16])
+            other = await node.store.reserve(names[1:2], parent=names[0], tenant="t")
+            blocks = node.engine.pool.allocate(4)
+            for index, block in enumerate(blocks):
+                node.engine.memory.tensor[block] = float(index + 10)
+            before = node.store.blocks[names[0]]
+            await node.transfer.offer(seq, blocks, 0)
+            node.engine.pool.release(blocks)
+            assert set(node.store.blocks) == {names[0], names[2], names[3]}
+            assert node.store.blocks[names[0]] == before, "what was published has changed"
+            assert node.store.parents == {names[0]: root, names[2]: names[1], names[3]: names[2]}
+            assert node.store.blocks[names[3]] == bytes(node.engine.memory.host_view(blocks[3]))
+            await node.store.release(other.lease)
+
+    asyncio.run(main())
