@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kvferry.common.config import EngineConfig
-from kvferry.common.errors import Internal, InvalidRequest, KvferryError, Unavailable
+from kvferry.common.errors import ConfigError, Internal, InvalidRequest, KvferryError, Unavailable
 from kvferry.common.hashing import CacheScope
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import StepPlan
@@ -51,7 +51,7 @@ class Engine:
         self.model = model
         num_blocks = config.num_blocks or config.kv_cache_bytes // model.layout.block_bytes
         if num_blocks < 1:
-            raise InvalidRequest(f"the KV cache holds no block of {model.layout.block_bytes} bytes; enlarge it")
+            raise ConfigError(f"the KV cache holds no block of {model.layout.block_bytes} bytes; enlarge it")
         self.memory = KvMemory(model.layout, num_blocks, model.device)
         self.pool = PagePool(num_blocks)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)

@@ -5,7 +5,7 @@ bytes until it is needed for something else, so a later sequence with the same p
 goes first, and of one sequence the tail before the head.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from kvferry.common.hashing import BlockName
@@ -74,8 +74,12 @@ class PagePool:
             self._name_of[block] = name
             self._by_name[name] = block
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError when holders, the free list and the names disagree."""
+    def check_integrity(self, tables: Iterable[Sequence[int]] = ()) -> None:
+        """Raises AssertionError when holders, the free list and the names disagree, or a block has fewer holders than
+        `tables` it stands in."""
+        for block, count in Counter(block for table in tables for block in table).items():
+            if self._holders[block] < count:
+                raise AssertionError(f"block {block} is in {count} tables and has {self._holders[block]} holders")
         free = {block for block, holders in enumerate(self._holders) if holders == 0}
         if min(self._holders) < 0 or free != set(self._free):
             raise AssertionError(f"free list {sorted(self._free)} is not the set of unheld blocks {sorted(free)}")

@@ -2,6 +2,7 @@
 
 import torch
 
+from kvferry.common.errors import Internal
 from kvferry.engine.attention import lay_out
 from kvferry.engine.batch import StepPlan
 from kvferry.engine.model import LoadedModel
@@ -32,8 +33,10 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[int | None]:
-        """The next token of each row, None where the row has no draw."""
+        """The next token of each row, None where the row has no draw. Raises Internal when the model gives NaN."""
         logits = self.logits(plan)
+        if logits.isnan().any():
+            raise Internal("the model's logits are not numbers: it overflows in this dtype, or its weights are broken")
         draws = [row.draw for row in plan.rows if row.draw is not None]
         chosen = iter(sample(logits, draws) if draws else [])
         return [None if row.draw is None else next(chosen) for row in plan.rows]

@@ -189,7 +189,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when block tables and states disagree."""
-        self._pool.check_integrity()
+        self._pool.check_integrity(seq.block_table for seq in self._sequences.values())
         for seq in self._sequences.values():
             held = len(seq.block_table)
             problem = (

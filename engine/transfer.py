@@ -29,6 +29,7 @@ class Transfer:
         self._memory = memory
         self.store = store
         self.single_flight_wait_s = single_flight_wait_s
+        self._releases: set[asyncio.Task[bool]] = set()
 
     async def pull(self, seq: Sequence, upto: int) -> int:
         """Bring blocks below index `upto`, as far as they may be reused, into a restoring sequence's table.
@@ -37,7 +38,7 @@ class Transfer:
         """
         admission, pulled, holes = seq.admissions, 0, 0
         index, upto = seq.blocks_computed, min(upto, seq.reuse_cap)
-        while index < upto and holes <= MAX_HOLES:
+        while index < upto and holes <= MAX_HOLES and seq.admissions == admission and seq.status is Status.RESTORING:
             if index in seq.filled:
                 index += 1
                 continue
@@ -66,9 +67,12 @@ class Transfer:
         try:
             if blocks:
                 good = await self.store.pull(match, landing)
+        except asyncio.CancelledError:
+            self._release_later(match.lease)
+            raise
         finally:
-            self._pool.release(blocks)  # first: a cancelled pull must not wait for the store's answer, nor lose it
-            held = await self.store.release(match.lease)
+            self._pool.release(blocks)
+        held = await self.store.release(match.lease)
         if not (held and wanted()):
             return 0
         self._memory.land(blocks[:good], landing[:good])
@@ -76,6 +80,12 @@ class Transfer:
             self._pool.name(seq.block_table[index], seq.names[index])
             seq.fill(index)
         return good
+
+    def _release_later(self, lease: int) -> None:
+        """Give a lease back without waiting: who is cancelled must end at once, even when the store hangs."""
+        task = asyncio.create_task(self.store.release(lease))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
 
     async def offer(self, seq: Sequence, blocks: list[int], first: int) -> None:
         """Publish computed blocks, `blocks[i]` for `seq.names[first + i]`, unless somebody else has or does. The
@@ -192,7 +202,10 @@ class BackgroundPublisher:
 
     async def _run(self) -> None:
         while batch := self._queued[:]:
-            await self._publish(batch, self._next)
+            try:
+                await self._publish(batch, self._next)
+            except Exception:  # the answer does not depend on it
+                log.exception("publishing for request %s failed", self._seq.request_id)
             self._pool.release(batch)
             self._next += len(batch)
             del self._queued[: len(batch)]
@@ -206,8 +219,6 @@ class BackgroundPublisher:
         """Stop, and let go of what is not published. May be repeated."""
         if self._task is not None:
             self._task.cancel()
-            (outcome,) = await asyncio.gather(self._task, return_exceptions=True)
-            if isinstance(outcome, Exception):
-                log.error("publishing for request %s failed", self._seq.request_id, exc_info=outcome)
+            await asyncio.gather(self._task, return_exceptions=True)
         self._pool.release(self._queued)
         self._queued = []
