@@ -15,7 +15,7 @@ from kvferry.common.errors import ConfigError, IncompatibleNode, Unavailable
 from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.store_api import BlockStore
-from kvferry.common.wire import CHANNEL_OPTIONS, answers_errors, layout_to_wire, sampling_from_wire, scope_from_wire
+from kvferry.common.wire import SERVER_OPTIONS, answers_errors, layout_to_wire, sampling_from_wire, scope_from_wire
 from kvferry.engine.engine import Engine
 from kvferry.engine.model import LoadedModel, load_model
 from kvferry.engine.sequence import Sequence, Status
@@ -179,7 +179,7 @@ class Worker:
         stop: asyncio.Event,
     ) -> None:
         """Answer calls until `stop`, then drain: no new streams, and up to `drain_s` for those that are open."""
-        server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         register(service, server)
         try:
             server.add_insecure_port(self.config.listen)

@@ -48,8 +48,10 @@ class Handover:
         self._restored = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._first_token: int | None = None
-        self._counted = ExitStack()
+        self._counted, self._filling = ExitStack(), ExitStack()
         self._counted.enter_context(placement.decode.stream())
+        if placement.prefill is not None:  # from now on, so that others placed at the same time go elsewhere
+            self._filling.enter_context(placement.prefill.stream())
 
     async def open(self, admission_s: float) -> None:
         """Open `continue`, wait until it is admitted, then open the fill. Raises Overloaded or Unavailable."""
@@ -119,6 +121,9 @@ class Handover:
         node: Node | None = prefill
         try:
             while node is not None and len(tried) < FILL_ATTEMPTS:
+                if tried:
+                    self._filling.close()
+                    self._filling.enter_context(node.stream())
                 tried.append(node)
                 try:
                     await self._fill(node, progress)
@@ -132,6 +137,8 @@ class Handover:
             await self._relay(progress)
         except _DecodeEnded:
             return
+        finally:
+            self._filling.close()
 
     def _note_broken_fill(self, node: Node, error: KvferryError) -> None:
         log.warning("the fill on %s broke: %s", node.address, error, extra={"request_id": self._sequence.request_id})
@@ -144,19 +151,18 @@ class Handover:
         """One fill, relayed into `progress`, held open until decode has its blocks."""
         fill = node.stub.Fill()
         try:
-            with node.stream():
-                await fill.write(pb.FillCommand(open=self._sequence))
-                while (report := await fill.read()) is not grpc.aio.EOF:
-                    await self._take(report, progress)
-                    if report.done:
-                        break
-                if not progress.done:
-                    raise grpc.aio.AioRpcError(
-                        await fill.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), details=await fill.details()
-                    )
-                await self._restored.wait()
-                await fill.done_writing()
-                await fill.read()
+            await fill.write(pb.FillCommand(open=self._sequence))
+            while (report := await fill.read()) is not grpc.aio.EOF:
+                await self._take(report, progress)
+                if report.done:
+                    break
+            if not progress.done:
+                raise grpc.aio.AioRpcError(
+                    await fill.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), details=await fill.details()
+                )
+            await self._restored.wait()
+            await fill.done_writing()
+            await fill.read()
         finally:
             fill.cancel()
 
@@ -186,4 +192,5 @@ class Handover:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._filling.close()
         self._counted.close()

@@ -16,8 +16,17 @@ from kvferry.common.wire import CHANNEL_OPTIONS, layout_from_wire
 
 RECONNECT_S = 0.1
 SILENT_S = 5.0  # a node sends its status every second; one that is silent for so long is taken for dead
+# A process that is stopped, or a peer behind a broken network, keeps its connections; only an unanswered ping tells.
+# With this every call to it breaks, and what it did is done elsewhere.
+KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),  # the limit that counts; a minute unless it is set
+    ("grpc.http2.max_pings_without_data", 0),
+)
 OPTIONS = (
     *CHANNEL_OPTIONS,
+    *KEEPALIVE,
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
