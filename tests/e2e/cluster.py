@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -240,19 +241,28 @@ class Cluster:
     def store(self) -> dict[str, Any]:
         return self.nodes()["store"]
 
-    def idle(self) -> bool:
-        """Nothing is under way anywhere, and the watchers have told so."""
+    def busy(self) -> dict[str, Any]:
+        """What is under way anywhere, as far as the workers have told; empty when nothing is."""
         told = self.nodes()
-        busy = [node for node in told["nodes"] if node.get("streams", 1) or node["running"] or node["waiting"]]
-        return not busy and not told["store"]["leases"] and not told["store"]["writing"]
+        held = {name: told["store"][name] for name in ("leases", "writing", "reserved")}
+        work = {node["address"]: {name: node.get(name, "?") for name in ("streams", "running", "waiting")}
+                for node in told["nodes"]} | {"store": held}  # fmt: skip
+        return {who: what for who, what in work.items() if any(what.values())}
 
     def settle(self) -> None:
-        until(self.idle, 5, "idle")
+        deadline = time.monotonic() + 5
+        while busy := self.busy():
+            assert time.monotonic() < deadline, f"not idle: {busy}"
+            time.sleep(0.01)
 
     def flush(self, prompts: Prompts) -> None:
         """Push every name out of the workers' page pools; what is found from here on comes from the store."""
+        roles = [node["role"] for node in self.nodes()["nodes"]]
+        workers = max(roles.count("prefill"), roles.count("decode"))
         for _ in range(2):
-            self.ask(prompts.tokens(POOL_BLOCKS * BLOCK // 2), max_tokens=2)
+            self.settle()
+            half = [prompts.tokens(POOL_BLOCKS * BLOCK // 2) for _ in range(workers)]  # at once: one for each
+            self.together([partial(self.ask, prompt, max_tokens=2) for prompt in half])
 
     # -- asking --------------------------------------------------------------------------------------------------
 

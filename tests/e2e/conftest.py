@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import ARCHITECTURES, tiny_checkpoint
 from e2e.cluster import KVFERRY, Cluster, Prompts
+from e2e.probe import Probe
 from oracle import Oracle
 
 TENANTS = ("acme", "beta", "a", "ab")
@@ -69,20 +70,28 @@ def oracle(oracles: dict[str, Oracle]) -> Oracle:
 
 
 @pytest.fixture(scope="module")
-def own(request: pytest.FixtureRequest, checkpoints: dict[str, Path], folder: Path) -> Iterator:
+def own(request: pytest.FixtureRequest, checkpoints: dict[str, Path], folder: Path, keys: dict) -> Iterator:
     """`own(*flags)`: a cluster of this module alone, stopped, and checked to be gone, with it."""
     started: list[Cluster] = []
 
-    def start(*flags: str, arch: str = "llama", **more) -> Cluster:
+    def start(*flags: str, arch: str = "llama", tenants: bool = True, **more) -> Cluster:
         log = folder / f"{request.module.__name__.rpartition('.')[2]}-{len(started)}.log"
-        cluster = track(request, Cluster(checkpoints[arch], log, *flags, **more)).start()
-        started.append(cluster)
+        if tenants:
+            flags = (f"--tenants-file={folder / TENANTS_FILE}", *flags)
+        cluster = track(request, Cluster(checkpoints[arch], log, *flags, **more))
+        cluster.key = keys[TENANTS[0]] if tenants else ""
+        started.append(cluster.start())
         return cluster
 
     yield start
     for cluster in started:
         if cluster.process.poll() is None:
             cluster.stop()
+
+
+@pytest.fixture
+def probe_of(folder: Path):
+    return lambda cluster: Probe(cluster, folder / TENANTS_FILE)
 
 
 @pytest.fixture

@@ -6,24 +6,18 @@ from pathlib import Path
 import pytest
 from checkpoints import ARCHITECTURES
 from e2e.cases import CASES, Scene
-from e2e.cluster import Cluster, Prompts
-from e2e.conftest import TENANTS, TENANTS_FILE, track
+from e2e.cluster import Prompts
 from e2e.mutants import MUTANTS, VARIABLE
-from e2e.probe import Probe
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("mutants.py")))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_fault_is_seen(arch, request, checkpoints, oracles, folder, keys):
+def test_every_fault_is_seen(arch, oracles, folder, own, probe_of):
     fault = folder / f"{arch}.mutant"
     fault.write_text("")
-    flag = f"--tenants-file={folder / TENANTS_FILE}"
-    log = folder / f"{arch}-mutants.log"
-    cluster = track(request, Cluster(checkpoints[arch], log, flag, command=COMMAND, env={VARIABLE: str(fault)}))
-    cluster.key = keys[TENANTS[0]]
-    cluster.start()
-    probe = Probe(cluster, folder / TENANTS_FILE)
+    cluster = own(arch=arch, command=COMMAND, env={VARIABLE: str(fault)})
+    probe = probe_of(cluster)
 
     def wrong(mutant: str, case: str) -> bool:
         """Whether the oracle refuses the case's last answer (of eight at once, any)."""

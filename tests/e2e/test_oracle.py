@@ -3,15 +3,13 @@
 import pytest
 from checkpoints import ARCHITECTURES
 from e2e.cases import CASES, Scene
-from e2e.conftest import TENANTS_FILE
-from e2e.probe import Probe
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tokens_are_those_of_the_reference(arch, case, shared, oracles, prompts, folder):
+def test_tokens_are_those_of_the_reference(arch, case, shared, oracles, prompts, probe_of):
     cluster = shared(arch)
-    scene = Scene(cluster, prompts, Probe(cluster, folder / TENANTS_FILE))
+    scene = Scene(cluster, prompts, probe_of(cluster))
     CASES[case](scene)
     assert scene.replies
     for reply in scene.replies:
