@@ -12,7 +12,7 @@ from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
 from kvferry.common.wire import answers_errors, first_command
-from kvferry.engine.sequence import Sequence
+from kvferry.engine.sequence import Sequence, Status
 from kvferry.engine.worker import WatchedService, Worker, serve_worker
 from kvferry.kvstore.client import StoreClient
 
@@ -50,11 +50,9 @@ class Continuation:
         self._engine, self._transfer = worker.engine, worker.transfer
         self._seq = seq
         self._fill = pb.FillProgress(done=not expects_fill)
-        self._follows = expects_fill
         self._opening_len = len(seq.token_ids)
         self._fill_moved = asyncio.Event()
-        self._reuse = pb.Reuse()
-        self._restored = False
+        self._admitted = self._restored = False
         self._outbox: asyncio.Queue[pb.ContinueEvent | None] = asyncio.Queue()
 
     async def follow(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
@@ -68,7 +66,7 @@ class Continuation:
         self._fill_moved.set()
 
     async def run(self) -> None:
-        publisher = self._transfer.background(self._seq, self._offer, start=0)
+        publisher = self._transfer.background(self._seq, self._offer)
         try:
             async for step in self._engine.generate(self._seq, self._restore):
                 publisher.advance()
@@ -81,8 +79,6 @@ class Continuation:
 
     def _send_token(self, token: int, finish_reason: str | None) -> None:
         tokens = pb.Tokens(token_ids=[token], finish_reason=finish_reason or "")
-        if finish_reason:
-            tokens.reuse.CopyFrom(self._reuse)
         self._outbox.put_nowait(pb.ContinueEvent(tokens=tokens))
 
     async def _offer(self, blocks: list[int], first: int) -> None:
@@ -90,32 +86,32 @@ class Continuation:
 
     async def _restore(self, seq: Sequence) -> None:
         """Pull the prefix; while the fill is under way, exactly what it reports. Called again after a preemption."""
-        if not self._restored:
+        if not self._admitted:
+            self._admitted = True
             self._outbox.put_nowait(pb.ContinueEvent(admitted=pb.Admitted()))
         while True:
             self._fill_moved.clear()
             if self._fill.HasField("first_token") and len(seq.token_ids) == self._opening_len:
                 seq.append(self._fill.first_token)
-            upto = self._fill.committed_blocks if self._follows and not self._restored else len(seq.names)
+            # Once the fill is over, whatever else is there too: somebody may have published it meanwhile.
+            upto = len(seq.names) if self._fill.done else self._fill.committed_blocks
             await self._transfer.pull(seq, upto)
             if self._fill.done and not self._fill_moved.is_set():
                 break
             await self._fill_moved.wait()
-        if not self._restored:
+        if not self._restored and seq.status is Status.RESTORING:  # else it was pushed out, and comes again
             self._restored = True
-            self._count_reuse(seq)
-            self._outbox.put_nowait(pb.ContinueEvent(restored=pb.Restored(reuse=self._reuse)))
+            self._outbox.put_nowait(pb.ContinueEvent(restored=pb.Restored(reuse=self._reuse(seq))))
 
-    def _count_reuse(self, seq: Sequence) -> None:
+    def _reuse(self, seq: Sequence) -> pb.Reuse:
+        """Where the KV of a restored sequence came from, and what is left to compute."""
         in_place = seq.num_computed + len(seq.filled) * seq.block_size
         pulled = in_place - seq.num_reused
-        self._reuse.CopyFrom(
-            pb.Reuse(
-                gpu_tokens=seq.num_reused,
-                host_tokens=pulled,
-                computed_tokens=self._opening_len - in_place,
-                pulled_bytes=pulled // seq.block_size * seq.scope.layout.block_bytes,
-            )
+        return pb.Reuse(
+            gpu_tokens=seq.num_reused,
+            host_tokens=pulled,
+            computed_tokens=self._opening_len - in_place,
+            pulled_bytes=pulled // seq.block_size * seq.scope.layout.block_bytes,
         )
 
     async def events(self, tasks: list[asyncio.Task[None]]) -> AsyncIterator[pb.ContinueEvent]:

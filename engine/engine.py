@@ -63,6 +63,8 @@ class Engine:
         self._stopping = False
         self._changed: list[Callable[[], None]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._admitting = False
+        self.pool.on_room = self._admit_soon
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Have `callback` called whenever the load has changed."""
@@ -134,7 +136,14 @@ class Engine:
             self.scheduler.withdraw(seq)
             self._admit()
 
+    def _admit_soon(self) -> None:
+        """Blocks have become free, perhaps long after their sequence ended: somebody may be waiting for them."""
+        if not self._admitting and not self._stopping:
+            self._admitting = True
+            asyncio.get_running_loop().call_soon(self._admit)
+
     def _admit(self) -> None:
+        self._admitting = False
         for seq in self.scheduler.admit():
             self._events[seq.id].put_nowait(_Admitted(seq.admissions))
         self._tell()

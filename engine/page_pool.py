@@ -6,7 +6,7 @@ goes first, and of one sequence the tail before the head.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvferry.common.hashing import BlockName
 
@@ -20,6 +20,7 @@ class PagePool:
         self.num_blocks = num_blocks
         self._holders = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.on_room: Callable[[], None] = lambda: None  # called whenever a block has become free
         self._name_of: dict[int, BlockName] = {}
         self._by_name: dict[BlockName, int] = {}
 
@@ -48,6 +49,10 @@ class PagePool:
             blocks.append(block)
         return blocks
 
+    def free_beside(self, blocks: Sequence[int]) -> int:
+        """How many blocks are free that are not among `blocks`."""
+        return len(self._free) - sum(self._holders[block] == 0 for block in blocks)
+
     def hold(self, blocks: Iterable[int]) -> None:
         """Add one holder to each block."""
         for block in blocks:
@@ -57,6 +62,7 @@ class PagePool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Take one holder from each block of a table in chain order."""
+        before = len(self._free)
         for block in reversed(blocks):
             if self._holders[block] < 1:
                 raise ValueError(f"block {block} is released more often than it was held")
@@ -65,6 +71,8 @@ class PagePool:
                 self._free[block] = None
                 if block not in self._name_of:
                     self._free.move_to_end(block, last=False)  # nothing in it can be reused: take it first
+        if len(self._free) > before:
+            self.on_room()
 
     def name(self, block: int, name: BlockName) -> None:
         """Say that a held block now contains all of `name`'s KV. The first block of a name keeps it."""

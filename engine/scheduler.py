@@ -73,13 +73,11 @@ class Scheduler:
         """Hold the pool's blocks of its prefix and fresh ones for the rest; leaves `spare` blocks for the sequences
         that are active, so that admitting one does not push out another at once."""
         reused = self._pool.match(seq.names[: seq.reuse_cap])
-        self._pool.hold(reused)
         wanted = seq.blocks_needed - len(reused)
-        fresh = self._pool.allocate(wanted) if self._pool.num_free >= wanted + spare else None
-        if fresh is None:
-            self._pool.release(reused)
+        if self._pool.free_beside(reused) < wanted + spare:
             return False
-        seq.block_table = reused + fresh
+        self._pool.hold(reused)
+        seq.block_table = reused + (self._pool.allocate(wanted) or [])
         seq.num_computed = seq.num_reused = len(reused) * seq.block_size
         return True
 
@@ -133,6 +131,7 @@ class Scheduler:
     def preempt(self, seq: Sequence) -> None:
         """Take all blocks from a sequence and let it wait again. What it has computed stays findable by name."""
         self._drop_blocks(seq)
+        seq.num_reused = 0
         seq.status = Status.WAITING
         self.num_preemptions += 1
 

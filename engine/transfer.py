@@ -6,6 +6,7 @@ Nothing here can make an answer wrong: what does not arrive, whole and verified,
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from itertools import groupby
 
 from kvferry.common.hashing import BlockName
 from kvferry.common.store_api import BlockStore, Claim, Match, MissReason, Payload, Reservation
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 # A hole is one block that is gone or bad while later ones may still be there. More than a few are not worth asking for.
 MAX_HOLES = 8
-HOLE_REASONS = (MissReason.EVICTED, MissReason.BEING_WRITTEN)
+HOLE_REASONS = (MissReason.EVICTED, MissReason.BEING_WRITTEN, MissReason.PAYLOAD_BAD)
 SINGLE_FLIGHT_WAITS = 2
 
 
@@ -68,7 +69,7 @@ class Transfer:
             if blocks:
                 good = await self.store.pull(match, landing)
         except asyncio.CancelledError:
-            self._release_later(match.lease)
+            self.release_later(match.lease)
             raise
         finally:
             self._pool.release(blocks)
@@ -81,11 +82,12 @@ class Transfer:
             seq.fill(index)
         return good
 
-    def _release_later(self, lease: int) -> None:
+    def release_later(self, lease: int) -> asyncio.Task[bool]:
         """Give a lease back without waiting: who is cancelled must end at once, even when the store hangs."""
         task = asyncio.create_task(self.store.release(lease))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
+        return task
 
     async def offer(self, seq: Sequence, blocks: list[int], first: int) -> None:
         """Publish computed blocks, `blocks[i]` for `seq.names[first + i]`, unless somebody else has or does. The
@@ -97,7 +99,7 @@ class Transfer:
             await self.publish(seq, reservation, [(first + i, blocks[i]) for i in granted])
         finally:
             if reservation.lease:
-                await self.store.release(reservation.lease)
+                self.release_later(reservation.lease)
 
     async def publish(self, seq: Sequence, reservation: Reservation, blocks: list[tuple[int, int]]) -> int:
         """Publish `(index in the sequence, pool block)` pairs that `reservation` granted; how many leading ones are
@@ -107,8 +109,8 @@ class Transfer:
         payloads = [Payload(seq.names[i], parent_of(seq, i), self._memory.host_view(block)) for i, block in blocks]
         return await self.store.publish(reservation, payloads)
 
-    def background(self, seq: Sequence, publish: "Publish", start: int) -> "BackgroundPublisher":
-        return BackgroundPublisher(self._pool, seq, publish, start)
+    def background(self, seq: Sequence, publish: "Publish") -> "BackgroundPublisher":
+        return BackgroundPublisher(self._pool, seq, publish)
 
 
 def parent_of(seq: Sequence, index: int) -> BlockName:
@@ -118,59 +120,79 @@ def parent_of(seq: Sequence, index: int) -> BlockName:
 class FillHolding:
     """What a fill holds in the store: leases on the blocks that were there, reservations of those it will compute.
 
-    While it is open, every block below `committed` stays. `open` waits, holding nothing, while somebody else computes
-    the first block that is missing, twice at the most.
+    While it is open, and the store lives, every block below `committed` stays, unless it is found to be bad. `open`
+    waits, holding nothing, while somebody else computes the first block that is missing, twice at the most.
     """
 
     def __init__(self, transfer: Transfer, seq: Sequence):
         self._transfer, self._seq = transfer, seq
-        self._match = Match()
-        self._reservation = Reservation((), ())
-        self._claims: dict[int, Claim] = {}  # by the index of the block
+        self._leases: list[int] = []
+        self._granted: dict[int, Reservation] = {}  # by the index of the block
         self._there: set[int] = set()
-        self.committed = 0  # leading blocks of the sequence that are in the store, leased by us
-        self.found = 0  # how many of them were there before us
+
+    @property
+    def committed(self) -> int:
+        """Leading blocks of the sequence that are in the store, leased by us."""
+        return next(i for i in range(len(self._there) + 1) if i not in self._there)
 
     async def open(self) -> None:
         seq, store = self._seq, self._transfer.store
         for waits_left in range(SINGLE_FLIGHT_WAITS, -1, -1):
-            self._match = await store.lookup(seq.names)
-            found = len(self._match.blocks)
-            if missing := seq.names[found:]:
-                self._reservation = await store.reserve(
-                    missing, parent=parent_of(seq, found), tenant=seq.scope.keys.pseudonym
-                )
-            taken = self._reservation.claims[:1] == (Claim.TAKEN,)
+            match = await store.lookup(seq.names)
+            self._keep(match.lease)
+            self._there = set(range(len(match.blocks)))
+            taken = await self._reserve(len(match.blocks), len(seq.names)) is Claim.TAKEN
             if not taken or not waits_left:
                 break
-            await self.close()
+            if releases := self.close():
+                await asyncio.wait(releases)
             await store.lookup(seq.names, wait_s=self._transfer.single_flight_wait_s, lease=False)
-        self._claims = dict(enumerate(self._reservation.claims, start=found))
-        self._there = {*range(found), *(i for i, claim in self._claims.items() if claim is Claim.PRESENT)}
-        self._count()
-        self.found = self.committed
 
-    async def publish(self, blocks: list[int], first: int) -> None:
-        """Publish those of the computed blocks that are ours to publish. The caller holds the blocks."""
-        ours = [
-            (index, block)
-            for index, block in enumerate(blocks, start=first)
-            if self._claims.get(index) is Claim.GRANTED
-        ]
-        done = await self._transfer.publish(self._seq, self._reservation, ours)
-        self._there.update(index for index, _ in ours[:done])
-        self._count()
+    async def _reserve(self, first: int, end: int) -> Claim | None:
+        """Claim blocks `first .. end - 1`; what the first of them got."""
+        if first == end:
+            return None
+        seq = self._seq
+        reservation = await self._transfer.store.reserve(
+            seq.names[first:end], parent=parent_of(seq, first), tenant=seq.scope.keys.pseudonym
+        )
+        self._keep(reservation.lease)
+        for index, claim in enumerate(reservation.claims, start=first):
+            if claim is Claim.PRESENT:
+                self._there.add(index)
+            elif claim is Claim.GRANTED:
+                self._granted[index] = reservation
+        return reservation.claims[0]
 
-    def _count(self) -> None:
-        while self.committed in self._there:
-            self.committed += 1
+    async def replace_missing(self) -> None:
+        """After a pull: blocks that turned out to be bad or gone are claimed, so that they are published anew."""
+        seq = self._seq
+        for index in range(seq.blocks_computed, seq.reuse_cap):
+            if index in self._there and index not in seq.filled:
+                self._there.discard(index)
+                await self._reserve(index, index + 1)
 
-    async def close(self) -> None:
-        """Give everything back. May be repeated."""
-        leases = [lease for lease in (self._match.lease, self._reservation.lease) if lease]
-        self._match, self._reservation = Match(), Reservation((), ())
-        for lease in leases:
-            await self._transfer.store.release(lease)
+    async def publish(self, blocks: list[int], first: int) -> int:
+        """Publish those of the computed blocks that are ours to publish; how many were. The caller holds the blocks."""
+        ours = [(i, block) for i, block in enumerate(blocks, start=first) if i in self._granted]
+        published = 0
+        for _, some in groupby(ours, key=lambda pair: self._granted[pair[0]].lease):
+            pairs = list(some)
+            done = await self._transfer.publish(self._seq, self._granted[pairs[0][0]], pairs)
+            self._there.update(index for index, _ in pairs[:done])
+            published += done
+        return published
+
+    def _keep(self, lease: int) -> None:
+        if lease:
+            self._leases.append(lease)
+
+    def close(self) -> list[asyncio.Task[bool]]:
+        """Give everything back, without waiting; the tasks that tell the store. May be repeated."""
+        leases, self._leases = self._leases, []
+        self._granted = {}
+        self._there = set()
+        return [self._transfer.release_later(lease) for lease in leases]
 
 
 Publish = Callable[[list[int], int], Awaitable[None]]  # pool blocks, and the sequence's index of the first
@@ -183,9 +205,9 @@ class BackgroundPublisher:
     meanwhile.
     """
 
-    def __init__(self, pool: PagePool, seq: Sequence, publish: Publish, start: int):
+    def __init__(self, pool: PagePool, seq: Sequence, publish: Publish):
         self._pool, self._seq, self._publish = pool, seq, publish
-        self._next = start
+        self._next = 0
         self._queued: list[int] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -219,6 +241,9 @@ class BackgroundPublisher:
         """Stop, and let go of what is not published. May be repeated."""
         if self._task is not None:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self._pool.release(self._queued)
-        self._queued = []
+        try:
+            if self._task is not None:
+                await asyncio.wait([self._task])
+        finally:
+            self._pool.release(self._queued)
+            self._queued = []

@@ -43,7 +43,7 @@ class PrefillService(WatchedService, PrefillServicer):
             finally:
                 computing.cancel()
                 await asyncio.gather(computing, return_exceptions=True)
-                await fill.close()
+                fill.close()
 
 
 class Fill:
@@ -58,7 +58,7 @@ class Fill:
 
     async def run(self) -> None:
         await self._holding.open()
-        publisher = self._transfer.background(self._seq, self._publish, start=self._holding.found)
+        publisher = self._transfer.background(self._seq, self._publish)
         try:
             async for step in self._engine.generate(self._seq, self._restore):
                 publisher.advance()
@@ -73,6 +73,7 @@ class Fill:
         """Pull what the store has and the page pool has not, and say how much that was."""
         reused = seq.num_reused
         pulled = await self._transfer.pull(seq, len(seq.names)) * seq.block_size
+        await self._holding.replace_missing()
         self._report.reuse.CopyFrom(
             pb.Reuse(
                 gpu_tokens=reused,
@@ -84,9 +85,8 @@ class Fill:
         self._tell(started=True, committed_blocks=self._holding.committed)
 
     async def _publish(self, blocks: list[int], first: int) -> None:
-        before = self._holding.committed
-        await self._holding.publish(blocks, first)
-        self._report.reuse.published_bytes += (self._holding.committed - before) * self._seq.scope.layout.block_bytes
+        published = await self._holding.publish(blocks, first)
+        self._report.reuse.published_bytes += published * self._seq.scope.layout.block_bytes
         self._tell(committed_blocks=self._holding.committed)
 
     def _tell(self, **news: object) -> None:
@@ -108,5 +108,5 @@ class Fill:
             report.CopyFrom(self._report)
             yield report
 
-    async def close(self) -> None:
-        await self._holding.close()
+    def close(self) -> None:
+        self._holding.close()

@@ -66,7 +66,8 @@ class Node:
 
     async def publish(self, prompt) -> None:
         fill, _ = await self.fill(prompt)
-        await fill.close()
+        fill.close()
+        await asyncio.gather(*self.transfer._releases)
 
     def forget(self) -> None:
         """Make the page pool forget every name, so that only the store can help."""
@@ -87,6 +88,7 @@ async def running(model, store=None, **config):
     try:
         async with asyncio.timeout(PATIENCE_S):
             yield node
+            await asyncio.gather(*node.transfer._releases)
             node.check_nothing_held()
     finally:
         node.engine.stop()

@@ -23,6 +23,7 @@ class MemoryStore:
         self.leases: dict[int, set[BlockName]] = {}
         self.evicted: set[BlockName] = set()
         self.bad: set[BlockName] = set()
+        self.quarantined: set[BlockName] = set()
         self.torn = False
         self.publishing, self.releasing = asyncio.Event(), asyncio.Event()
         self.publishing.set()
@@ -59,6 +60,7 @@ class MemoryStore:
         if len(there) < len(names):
             absent = names[len(there)]
             reason = MissReason.EVICTED if absent in self.evicted else MissReason.NEVER_STORED
+            reason = MissReason.PAYLOAD_BAD if absent in self.quarantined else reason
             reason = MissReason.BEING_WRITTEN if absent in self.owners else reason
         located = tuple(Located(name, 0, ()) for name in there)
         return Match(located, self._lease(set(there)) if lease and there else 0, b"boot", reason)
@@ -88,6 +90,7 @@ class MemoryStore:
             if self.owners.get(block.name) != reservation.lease:
                 return done
             self.blocks[block.name] = bytes(block.data)
+            self.quarantined.discard(block.name)
             self.parents[block.name] = block.parent
             self.leases[reservation.lease].add(block.name)
             del self.owners[block.name]
@@ -102,6 +105,7 @@ class MemoryStore:
                 target[:] = b"\x7f" * len(target)
                 self.evict(block.name)
                 self.bad.discard(block.name)
+                self.quarantined.add(block.name)
                 return good
             target[:] = b"\x7f" * len(target) if self.torn else self.blocks[block.name]
         return len(into)

@@ -8,6 +8,7 @@ from checkpoints import ARCHITECTURES
 from engine_harness import BLOCK, assert_greedy, prompt_of, running, until
 from memory_store import MemoryStore
 
+from kvferry.engine.sequence import Status
 from kvferry.engine.transfer import FillHolding
 from kvferry.prefill.service import Fill
 
@@ -22,7 +23,7 @@ def test_a_fill_publishes_every_full_block(models, length):
             names = node.scope.chain(prompt_of(length))
             parents = [node.scope.root(), *names][: len(names)]
             assert [node.store.parents[name] for name in names] == parents
-            await fill.close()
+            fill.close()
 
     asyncio.run(main())
 
@@ -56,6 +57,43 @@ def test_a_hole_is_all_that_is_computed(models, references, arch, how):
             seq = node.sequence(prompt, 4)
             assert_greedy(references[arch], prompt, await node.tokens(seq), 4)
             assert node.computed(seq) == [*range(32, 48), *range(96, 104)]
+
+    asyncio.run(main())
+
+
+def test_a_fill_publishes_a_bad_block_anew(models):
+    """Only that block is computed, by the fill alone; decode finds all of them."""
+    prompt = prompt_of(101)
+
+    async def main():
+        async with running(models["llama"]) as node:
+            await node.publish(prompt)
+            node.forget()
+            node.store.bad.add(node.scope.chain(prompt)[2])
+            fill, report = await node.fill(prompt)
+            assert report.reuse.computed_tokens == 16 + 5
+            assert report.committed_blocks == 6
+            fill.close()
+            assert all(name in node.store.blocks for name in node.scope.chain(prompt))
+
+    asyncio.run(main())
+
+
+def test_who_waits_for_room_gets_what_a_publisher_held(models):
+    """A fill is over while its last blocks are still being published; the next one needs them, and nothing else will
+    ever wake it."""
+
+    async def main():
+        async with running(models["llama"], num_blocks=5) as node:
+            node.store.publishing.clear()
+            first = asyncio.create_task(node.fill(prompt_of(65)))
+            await until(lambda: node.store.calls["publish"] > 0 and node.engine.idle)
+            second = asyncio.create_task(node.ask(prompt_of(70, seed=1), 1))
+            await until(lambda: node.engine.scheduler.of(Status.WAITING))
+            node.store.publishing.set()
+            fill, _ = await first
+            fill.close()
+            await second
 
     asyncio.run(main())
 
@@ -95,8 +133,8 @@ def test_the_second_of_two_fills_waits_for_the_first(models):
             assert (report.reuse.computed_tokens, reused.reuse.computed_tokens) == (65, 1)
             assert report.first_token == reused.first_token
             assert reused.committed_blocks == 4
-            await filled.close()
-            await again.close()
+            filled.close()
+            again.close()
 
     asyncio.run(main())
 
@@ -112,10 +150,10 @@ def test_a_fill_whose_first_is_gone_computes(models):
             waiting = asyncio.create_task(node.fill(prompt))
             await until(lambda: node.store.waiters > 0)
             assert not node.plans
-            await gone.close()
+            gone.close()
             fill, report = await waiting
             assert (report.committed_blocks, report.reuse.computed_tokens) == (2, 40)
-            await fill.close()
+            fill.close()
 
     asyncio.run(main())
 
@@ -131,7 +169,7 @@ def test_a_publisher_that_is_cancelled_lets_go(models):
             assert node.engine.pool.num_free == 60, "the blocks that wait for publishing are held"
             computing.cancel()
             await asyncio.gather(computing, return_exceptions=True)
-            await fill.close()
+            fill.close()
             assert node.engine.pool.num_free == 64
             assert not node.store.blocks
 
