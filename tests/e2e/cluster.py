@@ -157,6 +157,8 @@ class Cluster:
         self.serve = psutil.Process(self.process.pid)
         try:
             until(self._started, START_S, "ready")
+            assert self.ready(), "it said that it was"
+            assert all(node["ready"] for node in self.nodes()["nodes"])
         except BaseException:
             self.kill()
             raise
@@ -166,7 +168,7 @@ class Cluster:
     def _started(self) -> bool:
         if self.process.poll() is not None:
             raise RuntimeError(f"kvferry serve ended with {self.process.returncode}: {self.tail(2000)}")
-        return "kvferry is ready" in self.tail(100000) and self.ready()
+        return "kvferry is ready" in self.tail(100000)
 
     def ready(self) -> bool:
         try:

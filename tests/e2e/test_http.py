@@ -1,0 +1,140 @@
+"""What HTTP clients and operators meet beside the tokens."""
+
+from typing import Any
+
+import httpx
+import pytest
+from e2e.cluster import Cluster
+from prometheus_client.parser import text_string_to_metric_families
+
+SOURCES = {"reused_gpu": ("reused", "gpu"), "reused_host": ("reused", "host"),
+           "computed_prefill": ("computed", "prefill"), "computed_decode": ("computed", "decode")}  # fmt: skip
+
+
+def metrics(cluster: Cluster) -> dict[tuple[str, frozenset], float]:
+    families = text_string_to_metric_families(cluster.admin("/metrics").text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def tokens_by_source(cluster: Cluster) -> dict[str, float]:
+    told = metrics(cluster)
+    return {s: told.get(("kvferry_prompt_tokens_total", frozenset({("source", s)})), 0.0) for s in SOURCES}
+
+
+def test_every_prompt_token_is_accounted_for_once(llama, prompts):
+    """By each answer's account, and by the sums over all of them."""
+    llama.settle()
+    before, told_before = tokens_by_source(llama), metrics(llama)
+    known, long = prompts.tokens(100), prompts.tokens(300)
+    asked = [known, known, known[:50] + prompts.tokens(30), known + prompts.tokens(5), long, long, prompts.tokens(7)]
+    replies = [llama.ask(prompt) for prompt in asked]
+    llama.flush(prompts)
+    replies += [llama.ask(prompt, stream=True) for prompt in (known, long, long[:160] + prompts.tokens(90))]
+    sums = dict.fromkeys(SOURCES, 0)
+    for reply in replies:
+        account = reply.account
+        by_source = {source: account[how][where] for source, (how, where) in SOURCES.items()}
+        assert sum(by_source.values()) == reply.usage["prompt_tokens"] == len(reply.prompt_token_ids)
+        assert reply.cached == account["reused"]["gpu"] + account["reused"]["host"]
+        for source, count in by_source.items():
+            sums[source] += count
+    assert all(sums.values()), f"some source was never met: {sums}"
+    flushed = 2 * 768
+    sums["computed_prefill"] += flushed
+    after = tokens_by_source(llama)
+    assert {source: after[source] - before[source] for source in SOURCES} == sums
+    ok = ("kvferry_requests_total", frozenset({("outcome", "ok")}))
+    assert metrics(llama)[ok] - told_before[ok] == len(replies) + 2
+
+
+def test_metrics_of_nodes_and_store(llama):
+    told = metrics(llama)
+    nodes = {node["address"]: node for node in llama.nodes()["nodes"]}
+    for address, node in nodes.items():
+        labels = frozenset({("role", node["role"]), ("address", address)})
+        assert told["kvferry_node_up", labels] == 1
+        assert told["kvferry_node_total_blocks", labels] == node["total_blocks"]
+    assert told["kvferry_store_slots", frozenset()] == llama.store()["slots"]
+    assert told["kvferry_ttft_seconds_count", frozenset()] >= 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logprobs": 5}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 3}, "best_of"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"max_token": 5}, "max_token"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt": [1, 2, 300]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[1], [2]]}, "prompt"),
+        ({"prompt": [1] * 1024}, "prompt"),
+        ({"max_tokens": 1024}, "max_tokens"),
+        ({"seed": 1.5}, "seed"),
+        ({"cache_salt": 5}, "cache_salt"),
+    ],
+)
+def test_a_refusal_names_its_field(fields: dict[str, Any], param, llama, prompts):
+    reply = llama.post("/v1/completions", llama.body(prompts.tokens(10)) | fields)
+    assert reply.status == 400, reply.body
+    assert reply.error["param"] == param
+    assert reply.error["type"] == "invalid_request_error"
+    assert param in reply.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/metrics", 404),
+        ("GET", "/nodes", 404),
+    ],
+)
+def test_other_routes(method, path, status, llama):
+    answer = llama.http.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def test_health_and_models(llama):
+    assert llama.http.get("/health").json() == {"status": "ok"}
+    assert llama.http.get("/ready").json() == {"status": "ready"}
+    models = llama.http.get("/v1/models", headers={"Authorization": f"Bearer {llama.key}"}).json()
+    assert models["object"] == "list"
+    assert [(model["id"], model["max_model_len"]) for model in models["data"]] == [("llama", 1024)]
+
+
+def test_a_request_id_is_kept(llama, prompts):
+    headers = {"Authorization": f"Bearer {llama.key}", "X-Request-Id": "mine-1"}
+    answer = llama.http.post("/v1/completions", json=llama.body(prompts.tokens(5)), headers=headers)
+    assert answer.headers["X-Request-Id"] == "mine-1"
+    assert answer.json()["id"] == "cmpl-mine-1"
+
+
+def test_a_text_prompt(llama, oracle, prompts):
+    """A text is tokenised as the model's tokenizer does, with the special tokens that it adds."""
+    text = prompts.text(50)
+    reply = llama.ask(text)
+    assert reply.prompt_token_ids == [256, *text.encode()]
+    assert oracle.refuses(reply.prompt_token_ids, reply.token_ids) == ""
+    assert reply.text == bytes(reply.token_ids).decode()
+
+
+def test_neither_listener_is_reachable_from_outside(llama):
+    router = llama.of_role("router")
+    listening = {c.laddr.ip for c in router.net_connections("tcp") if c.status == "LISTEN"}
+    assert listening == {"127.0.0.1"}
+    assert not [c for role in ("store", "prefill", "decode") for c in llama.of_role(role).net_connections("tcp")]
+
+
+def test_a_broken_body_harms_nobody(llama, prompts):
+    headers = {"Authorization": f"Bearer {llama.key}", "Content-Type": "application/json"}
+    for content in (b"", b"{", b"[]", b"\xff\xfe", b'{"prompt":' + b"[" * 5000):
+        answer = llama.http.post("/v1/completions", content=content, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    with pytest.raises(httpx.HTTPError):
+        llama.http.post("/v1/completions", content=b"{", headers=headers | {"Content-Length": "100"}, timeout=0.5)
+    assert len(llama.ask(prompts.tokens(20)).token_ids) == 24
