@@ -54,7 +54,8 @@ class Timed:
 
 @contextmanager
 def system(model: str, *flags: str) -> Iterator[System]:
-    command = [KVFERRY, "serve", model, "--port=0", "--admin-port=0", "--log-level=WARNING", *flags]
+    command = [KVFERRY, "serve", model, "--port=0", "--admin-port=0", "--log-level=WARNING"]
+    command += [f"--parent-pid={os.getpid()}", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
     try:
         ready = process.stdout.readline()

@@ -23,7 +23,7 @@ from kvferry.cli.supervisor import ChildSpec, Supervisor
 from kvferry.common.clock import MonotonicClock
 from kvferry.common.config import RouterConfig, parse_size
 from kvferry.common.errors import ConfigError
-from kvferry.common.process import Note
+from kvferry.common.process import Note, die_with_parent
 from kvferry.common.telemetry import setup_logging
 
 ROUTER_DRAIN_S = 1.5  # less than the supervisor's patience, so that the router ends its streams itself
@@ -86,6 +86,7 @@ def serve(
     max_local_prefill_length: options.MaxLocalPrefillLength = ROUTER["max_local_prefill"],
     lease_seconds: options.LeaseSeconds = STORE["lease_s"],
     log_level: options.LogLevel = "INFO",
+    parent_pid: options.ParentPid = None,
     store_arg: Annotated[Extra, typer.Option(help="One more argument for the store; may be repeated.")] = None,
     prefill_arg: Annotated[Extra, typer.Option(help="One more argument for prefill workers.")] = None,
     decode_arg: Annotated[Extra, typer.Option(help="One more argument for decode workers.")] = None,
@@ -94,6 +95,8 @@ def serve(
     """Run a whole system on this host: store, prefill and decode workers, and the router."""
     with plain_errors("serve"):
         setup_logging("serve", log_level)
+        if parent_pid is not None:
+            die_with_parent(parent_pid)
         shown = display()
         try:
             from kvferry.cli.models import resolve

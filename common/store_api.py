@@ -21,7 +21,6 @@ class MissReason(str, Enum):
     EVICTED = "evicted"
     BEING_WRITTEN = "being_written"
     STORE_UNREACHABLE = "store_unreachable"
-    LEASE_LAPSED = "lease_lapsed"
     PAYLOAD_BAD = "payload_bad"
 
 
@@ -133,4 +132,6 @@ class BlockStore(Protocol):
         pulled under it may be torn and must be dropped."""
         ...
 
-    async def stats(self) -> StoreStats: ...
+    async def stats(self) -> StoreStats | None:
+        """The node's numbers; None while it cannot be reached."""
+        ...

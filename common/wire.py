@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -80,8 +81,9 @@ def answers_errors(method: StreamMethod) -> StreamMethod:
     @functools.wraps(method)
     async def answered(self: Any, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         try:
-            async for message in method(self, request, context):
-                yield message
+            async with aclosing(method(self, request, context)) as messages:
+                async for message in messages:
+                    yield message
         except KvferryError as error:
             await _abort(context, error)
         except Exception as error:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import grpc
 
@@ -68,10 +69,11 @@ class Continuation:
     async def run(self) -> None:
         publisher = self._transfer.background(self._seq, self._offer)
         try:
-            async for step in self._engine.generate(self._seq, self._restore):
-                publisher.advance()
-                if step.token is not None:
-                    self._send_token(step.token, step.finish_reason)
+            async with aclosing(self._engine.generate(self._seq, self._restore)) as steps:
+                async for step in steps:
+                    publisher.advance()
+                    if step.token is not None:
+                        self._send_token(step.token, step.finish_reason)
             await publisher.drain()  # a chat's next turn begins with these blocks
             self._outbox.put_nowait(None)
         finally:

@@ -6,7 +6,8 @@ fingerprints compute equal KV for equal tokens.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import xxhash
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import set_tqdm_hook
 
 from kvferry.common.block import DTYPE_BYTES, BlockLayout
 from kvferry.common.config import EngineConfig, cache_dir
@@ -58,10 +59,10 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
         torch.set_num_threads(config.threads)
     layout = kv_layout(hf_config, config.block_size, dtype)
     fingerprint = fingerprint_of(folder, hf_config, dtype, progress)
-    disable_progress_bar()  # ours is shown by who started the process
-    module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=ATTENTION_NAME, use_safetensors=True
-    )
+    with loading_progress(progress):
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation=ATTENTION_NAME, use_safetensors=True
+        )
     module = module.to(device).eval().requires_grad_(False)
     model = LoadedModel(
         module=module,
@@ -74,6 +75,24 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     )
     check_attention(model)
     return model
+
+
+@contextmanager
+def loading_progress(progress: Progress) -> Iterator[None]:
+    """Have transformers tell `progress`, by parameters, instead of drawing a bar of its own."""
+
+    def count(_: object, args: tuple[Iterable, ...], __: dict[str, object]) -> Iterator[object]:
+        items = list(args[0]) if args else []
+        for done, item in enumerate(items):
+            progress("weights", done, len(items))
+            yield item
+        progress("weights", len(items), len(items))
+
+    previous = set_tqdm_hook(count)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
 
 
 def find_folder(model: str, revision: str | None) -> Path:
@@ -178,10 +197,10 @@ def hash_files(files: list[Path], progress: Progress) -> list[bytes]:
             with file.open("rb") as stream:
                 while chunk := stream.read(WEIGHT_CHUNK):
                     digest.update(chunk)
-                    progress("weights", done := done + len(chunk), total)
+                    progress("hash", done := done + len(chunk), total)
             known[key] = fresh[key] = digest.hexdigest()
         else:
-            progress("weights", done := done + stat.st_size, total)
+            progress("hash", done := done + stat.st_size, total)
         digests.append(bytes.fromhex(known[key]))
     if fresh:
         scratch = memory.with_suffix(f".{stat.st_ino}.{id(fresh)}.tmp")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -168,7 +169,6 @@ class Worker:
             pulled_bytes=self.store.pulled_bytes,
             published_bytes=self.store.published_bytes,
             bad_blocks=self.store.bad_blocks,
-            max_tokens_per_step=self.config.engine.max_num_batched_tokens,
         )
 
     async def serve(
@@ -181,6 +181,7 @@ class Worker:
         """Answer calls until `stop`, then drain: no new streams, and up to `drain_s` for those that are open."""
         server = grpc.aio.server(options=SERVER_OPTIONS)
         register(service, server)
+        os.umask(0o077)  # tenants' keys come through the socket: it is for this user alone
         try:
             server.add_insecure_port(self.config.listen)
         except RuntimeError as error:

@@ -157,12 +157,12 @@ class StoreClient:
             return False
         return reply.held
 
-    async def stats(self) -> StoreStats:
+    async def stats(self) -> StoreStats | None:
         try:
             link = self._current()
             return (await link.request(say.Stats(link.next_id()), say.Counted, REPLY_S)).stats
         except Unreachable:
-            return StoreStats()
+            return None
 
     # -- publishing ----------------------------------------------------------------------------------------------
 

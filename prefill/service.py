@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import grpc
 
@@ -60,10 +61,11 @@ class Fill:
         await self._holding.open()
         publisher = self._transfer.background(self._seq, self._publish)
         try:
-            async for step in self._engine.generate(self._seq, self._restore):
-                publisher.advance()
-                if step.token is not None:
-                    self._tell(first_token=step.token, finish_reason=step.finish_reason or "")
+            async with aclosing(self._engine.generate(self._seq, self._restore)) as steps:
+                async for step in steps:
+                    publisher.advance()
+                    if step.token is not None:
+                        self._tell(first_token=step.token, finish_reason=step.finish_reason or "")
             await publisher.drain()
             self._tell(done=True)
         finally:

@@ -25,7 +25,6 @@ class Record:
     restored: pb.Reuse | None = None
     attempts: int = 0
     output_tokens: int = 0
-    first_token_at: float | None = None
     most_reusable: int | None = None  # once something has failed: what was there before we computed anything
 
     def note_fill(self, report: pb.FillReport) -> None:
@@ -42,7 +41,8 @@ class Record:
     def note_broken_fill(self) -> None:
         """A fill broke. Another node, or decode, goes on from what it has published; that is not a hit either."""
         if self.most_reusable is None:
-            self.most_reusable = self.reused if self.fill or self.restored else self.placements[-1].cached_tokens
+            placed = self.placements[-1].cached_tokens if self.placements else 0
+            self.most_reusable = self.reused if self.fill or self.restored else placed
 
     @property
     def _source(self) -> pb.Reuse:
@@ -109,8 +109,11 @@ class Metrics:
         self.open_requests = Gauge("kvferry_open_requests", "Requests being served", registry=self.registry)
 
     def count(self, record: Record, outcome: str) -> None:
-        """Take a finished request into the sums."""
+        """Take a finished request into the sums. The prompt of one that no node restored counts as nobody's."""
         self.requests.labels(outcome).inc()
+        if record.fill is None and record.restored is None:
+            self.prompt_tokens.labels("unserved").inc(record.prompt_tokens)
+            return
         told = record.as_dict()
         for tier, tokens in told["reused"].items():
             self.prompt_tokens.labels(f"reused_{tier}").inc(tokens)

@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvferry.common.store_api import BlockStore, StoreStats
@@ -22,10 +22,18 @@ NODE_GAUGES = (
     "total_blocks",
     "streams",
     "tasks",
-    "preemptions",
-    "pulled_bytes",
-    "published_bytes",
+)
+NODE_COUNTERS = ("preemptions", "pulled_bytes", "published_bytes", "bad_blocks")
+STORE_COUNTERS = (
+    "published",
+    "already_there",
+    "publish_dropped",
+    "late_commits",
+    "evicted",
     "bad_blocks",
+    "lookups",
+    "blocks_looked_up",
+    "blocks_found",
 )
 
 
@@ -37,12 +45,12 @@ def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics) -> web.Applicat
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def show_nodes(request: web.Request) -> web.Response:
+        stats = await store.stats()
         told = {
             "router": {"tasks": len(asyncio.all_tasks())},
             "nodes": [describe(node) for node in nodes.all],
-            "store": msgspec.to_builtins(await store.stats(), builtin_types=(bytes,)),
+            "store": stats and msgspec.structs.asdict(stats) | {"boot_id": stats.boot_id.hex()},
         }
-        told["store"]["boot_id"] = told["store"]["boot_id"].hex()
         return web.json_response(told)
 
     app = web.Application()
@@ -62,22 +70,24 @@ def describe(node: Node) -> dict[str, Any]:
 class Scrape(Collector):
     """The nodes' and the store's numbers at one moment."""
 
-    def __init__(self, nodes: list[Node], stats: StoreStats):
+    def __init__(self, nodes: list[Node], stats: StoreStats | None):
         self._nodes, self._stats = nodes, stats
 
-    def collect(self) -> list[GaugeMetricFamily]:
+    def collect(self) -> list[Metric]:
         up = GaugeMetricFamily("kvferry_node_up", "Whether a node is ready", labels=["role", "address"])
-        families = [up]
+        families: list[Metric] = [up]
         for node in self._nodes:
             up.add_metric([node.role, node.address], float(node.ready))
-        for name in NODE_GAUGES:
-            family = GaugeMetricFamily(f"kvferry_node_{name}", f"{name} of a worker", labels=["role", "address"])
+        for name in (*NODE_GAUGES, *NODE_COUNTERS):
+            kind = CounterMetricFamily if name in NODE_COUNTERS else GaugeMetricFamily
+            family = kind(f"kvferry_node_{name}", f"{name} of a worker", labels=["role", "address"])
             for node in self._nodes:
                 if node.status is not None:
                     family.add_metric([node.role, node.address], float(getattr(node.status, name)))
             families.append(family)
-        for field in msgspec.structs.fields(StoreStats):
-            value = getattr(self._stats, field.name)
+        families.append(GaugeMetricFamily("kvferry_store_up", "Whether the store answers", float(bool(self._stats))))
+        for name, value in (msgspec.structs.asdict(self._stats) if self._stats else {}).items():
             if isinstance(value, int):
-                families.append(GaugeMetricFamily(f"kvferry_store_{field.name}", f"{field.name} of the store", value))
+                kind = CounterMetricFamily if name in STORE_COUNTERS else GaugeMetricFamily
+                families.append(kind(f"kvferry_store_{name}", f"{name} of the store", value))
         return families

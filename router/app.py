@@ -68,6 +68,7 @@ async def serve(config: RouterConfig, notifier: Notifier, stop: asyncio.Event) -
     finally:
         for runner in reversed(runners):
             await runner.cleanup()
+        await flow.close()
         await nodes.close()
         await store.close()
         tokenizer.close()
@@ -136,6 +137,8 @@ class Front:
             response = error_response(told_of(error, request), request["id"])
         except KvferryError as error:
             response = error_response(error, request["id"])
+        except ConnectionResetError:
+            raise  # the client went: there is nobody to answer
         except Exception as error:
             log.exception("a request failed", extra={"request_id": request["id"]})
             response = error_response(error, request["id"])
@@ -191,7 +194,7 @@ class Front:
 
     async def _prepare(self, asked: GenerationRequest, tenant: TenantId, request_id: str) -> Job:
         """Tokenise, check against the model that is up, and settle what the request left open."""
-        model = await self._model()
+        model, pool = await self._model()
         tokens = await self._tokenizer.encode(asked.prompt)
         check_token_ids(tokens, model.vocab_size)
         room = model.max_model_len - len(tokens)
@@ -207,7 +210,6 @@ class Front:
                 f"{model.max_model_len}; ask for at most {room}",
                 "max_tokens",
             )
-        pool = max(node.status.total_blocks for node in least_loaded(self._nodes.decode)) * model.layout.block_size
         max_tokens = asked.max_tokens or max(1, min(room, pool - len(tokens)))
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -220,11 +222,11 @@ class Front:
         )
         return Job(request_id, self._tenants.keys_of(tenant), asked.cache_salt, tokens, params)
 
-    async def _model(self) -> ServedModel:
-        ready = self._nodes.decode
-        if not await self._nodes.wait_for(lambda: bool(least_loaded(ready)), self._config.node_wait_s):
-            raise Unavailable("no decode node is ready; try again later")
-        return least_loaded(ready)[0].model
+    async def _model(self) -> tuple[ServedModel, int]:
+        """The model that is up, and how many tokens the largest page pool of its decode nodes holds."""
+        model = await self._flow.ready_model(self._config.node_wait_s)
+        pools = [node.status.total_blocks for node in least_loaded(self._nodes.decode)]
+        return model, max(pools) * model.layout.block_size
 
     async def _whole(
         self, request: web.Request, asked: GenerationRequest, job: Job, record: Record
@@ -256,10 +258,15 @@ class Front:
             if asked.include_usage:
                 await events.data(answer.usage_chunk(self._usage(record)))
             await events.done()
-        except KvferryError as error:
+        except ConnectionResetError:
+            raise
+        except Exception as error:
             if not events.started:
                 raise
-            log.warning("a stream ended in an error: %s", error, extra={"request_id": job.request_id})
+            known = isinstance(error, KvferryError)
+            log.warning(
+                "a stream ended in an error: %s", error, exc_info=not known, extra={"request_id": job.request_id}
+            )
             await events.error(error_body(error))
             await events.response.write_eof()
         return events.response

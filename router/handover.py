@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import grpc
 
 from kvferry.common.clock import Clock
-from kvferry.common.errors import DeadlineExceeded, KvferryError, Overloaded, Unavailable
+from kvferry.common.errors import DeadlineExceeded, Internal, KvferryError, Overloaded, Unavailable
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.wire import error_of
 from kvferry.router.accounting import Metrics, Record
@@ -21,6 +21,7 @@ from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import Placement
 
 FILL_ATTEMPTS = 3
+LINGER_S = 0.8  # closing a connection frees everything behind it within a second
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,9 @@ class Handover:
             await self._relay(progress)
         except _DecodeEnded:
             return
+        except Exception:
+            log.exception("relaying a fill failed", extra={"request_id": self._sequence.request_id})
+            self._out.put_nowait(Internal("the router failed on this request; its log has the cause"))
         finally:
             self._filling.close()
 
@@ -161,13 +165,21 @@ class Handover:
                     await fill.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), details=await fill.details()
                 )
             await self._restored.wait()
-            await fill.done_writing()
-            await fill.read()
+            await self._let_go(fill)
         finally:
             fill.cancel()
 
+    async def _let_go(self, fill: grpc.aio.StreamStreamCall) -> None:
+        """Decode has the blocks: the fill may end. All that it was for is done, so it may as well break."""
+        try:
+            await fill.done_writing()
+            await fill.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            log.debug("a fill broke after it was done: %s", error)
+
     async def _take(self, report: pb.FillReport, progress: pb.FillProgress) -> None:
-        """The first token goes to the client at once, and only once; then decode hears how far the fill is."""
+        """The first token goes to the client at once, and only once; then decode hears how far the fill is, unless that
+        token ends the request. (A second fill may choose another in bf16: the one that was sent counts.)"""
         self._record.note_fill(report)
         if report.HasField("first_token") and self._first_token is None:
             self._first_token = report.first_token
@@ -175,7 +187,7 @@ class Handover:
             self._out.put_nowait(Piece((report.first_token,), report.finish_reason or None))
         progress.committed_blocks = report.committed_blocks
         progress.done = report.done
-        if not report.finish_reason:
+        if not (report.finish_reason and report.first_token == self._first_token):
             await self._relay(progress)
 
     async def _relay(self, progress: pb.FillProgress) -> None:
@@ -186,11 +198,23 @@ class Handover:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise _DecodeEnded from error
 
+    async def finish(self) -> None:
+        """The request ended well: give both nodes a moment to publish what they computed, then close."""
+        try:
+            if self._placement.prefill is not None and not self._restored.is_set():
+                self._continue.cancel()  # the fill's first token was the last: decode is not needed
+            await asyncio.wait(self._tasks, timeout=LINGER_S)
+        finally:
+            await self.close()
+
     async def close(self) -> None:
         """Cancel both calls and wait for the tasks. May be repeated."""
         self._continue.cancel()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._filling.close()
-        self._counted.close()
+        try:
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+        finally:
+            self._filling.close()
+            self._counted.close()

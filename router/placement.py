@@ -7,18 +7,16 @@ import xxhash
 from kvferry.common.hashing import BlockName
 from kvferry.router.nodes import Node
 
+AFFINITY_S = 0.05  # so much longer a wait is worth a page pool that knows the prefix
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`prefill` None: decode computes the uncached tokens itself. The other numbers are what the choice was made
-    from: tokens that the store was seen to hold, tokens left to compute, seconds each way is expected to take."""
+    """`prefill` None: decode computes the uncached tokens itself. `cached_tokens`: what the store was seen to hold."""
 
     decode: Node
     prefill: Node | None
     cached_tokens: int
-    uncached_tokens: int
-    prefill_s: float
-    decode_s: float
 
 
 def place(
@@ -30,15 +28,8 @@ def place(
     one step, and a hand-over costs more. Anything longer goes to the prefill node that is expected to be done first.
     """
     uncached = prompt_tokens - cached_tokens
-    prefill = fastest(partners, names, uncached) if uncached > local_limit else None
-    return Placement(
-        decode=decode,
-        prefill=prefill,
-        cached_tokens=cached_tokens,
-        uncached_tokens=uncached,
-        prefill_s=expected_s(prefill, uncached) if prefill else 0.0,
-        decode_s=expected_s(decode, uncached),
-    )
+    prefill = best_prefill(partners, names, uncached) if uncached > local_limit else None
+    return Placement(decode, prefill, cached_tokens)
 
 
 def least_loaded(nodes: list[Node]) -> list[Node]:
@@ -50,18 +41,21 @@ def least_loaded(nodes: list[Node]) -> list[Node]:
     return sorted((node for node in nodes if node.ready), key=load)
 
 
-def expected_s(node: Node, tokens: int) -> float:
-    """Seconds until `node` would have computed `tokens` more, at its measured rate; 0 while it has none."""
-    rate = node.status.prefill_tokens_per_s
-    return (node.status.waiting_tokens + tokens) / rate if rate else 0.0
+def wait_s(node: Node, tokens: int) -> float:
+    """Seconds of work before a fill of about `tokens` on `node`: what it said was waiting, or what this router has sent
+    there since, at the node's measured rate (a second a fill while it has none)."""
+    status = node.status
+    if status is None or not status.prefill_tokens_per_s:
+        return float(node.streams)
+    return max(status.waiting_tokens, node.streams * tokens) / status.prefill_tokens_per_s
 
 
-def fastest(nodes: list[Node], names: list[BlockName], tokens: int) -> Node | None:
-    """The prefill node with the least work before it; among equals always the same one for the same prefix, so that
-    its page pool is used again (rendezvous hashing, Thaler and Ravishankar 1998)."""
-
-    def cost(node: Node) -> tuple[int, float, int]:
-        prefix = names[0] if names else b""
-        return (node.streams, expected_s(node, tokens), xxhash.xxh3_64_intdigest(node.address.encode() + prefix))
-
-    return min(nodes, key=cost, default=None)
+def best_prefill(nodes: list[Node], names: list[BlockName], tokens: int) -> Node | None:
+    """The node that this prefix always goes to, so that its page pool is used again (rendezvous hashing, Thaler and
+    Ravishankar 1998), unless another is clearly less busy."""
+    if not nodes:
+        return None
+    prefix = names[0] if names else b""
+    home = min(nodes, key=lambda node: xxhash.xxh3_64_intdigest(node.address.encode() + prefix))
+    idlest = min(nodes, key=lambda node: wait_s(node, tokens))
+    return home if wait_s(home, tokens) <= wait_s(idlest, tokens) + AFFINITY_S else idlest

@@ -12,6 +12,7 @@ from kvferry.router.openai import Conversation, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TURN_CHARS = 32  # what a template adds to a message, roughly
 INLINE_CHARS = 4096  # about 1 ms of tokenising; more goes to the thread
 
 
@@ -53,7 +54,7 @@ class Tokenizer:
         """The token ids of any kind of prompt. Raises InvalidRequest."""
         if isinstance(prompt, tuple):
             return list(prompt)
-        length = len(prompt) if isinstance(prompt, str) else sum(len(turn.content) for turn in prompt.messages)
+        length = len(prompt) if isinstance(prompt, str) else sum(TURN_CHARS + len(t.content) for t in prompt.messages)
         if length <= INLINE_CHARS:
             return self.encode_now(prompt)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode_now, prompt)

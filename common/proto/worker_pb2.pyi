@@ -25,7 +25,7 @@ class Layout(_message.Message):
     def __init__(self, kv_heads: _Optional[int] = ..., layers: _Optional[int] = ..., block_size: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("role", "model", "fingerprint", "layout", "vocab_size", "max_model_len", "draining", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "streams", "tasks", "prefill_tokens_per_s", "pull_bytes_per_s", "preemptions", "pulled_bytes", "published_bytes", "bad_blocks", "max_tokens_per_step", "node")
+    __slots__ = ("role", "model", "fingerprint", "layout", "vocab_size", "max_model_len", "draining", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "streams", "tasks", "prefill_tokens_per_s", "pull_bytes_per_s", "preemptions", "pulled_bytes", "published_bytes", "bad_blocks", "node")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -46,7 +46,6 @@ class WorkerStatus(_message.Message):
     PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     BAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    MAX_TOKENS_PER_STEP_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     role: str
     model: str
@@ -68,9 +67,8 @@ class WorkerStatus(_message.Message):
     pulled_bytes: int
     published_bytes: int
     bad_blocks: int
-    max_tokens_per_step: int
     node: str
-    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., streams: _Optional[int] = ..., tasks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., published_bytes: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., max_tokens_per_step: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
+    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., streams: _Optional[int] = ..., tasks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., published_bytes: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "choice", "min_tokens", "ignore_eos", "stop_token_ids")
@@ -195,11 +193,9 @@ class Restored(_message.Message):
     def __init__(self, reuse: _Optional[_Union[Reuse, _Mapping]] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("token_ids", "finish_reason", "reuse")
+    __slots__ = ("token_ids", "finish_reason")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
-    REUSE_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: str
-    reuse: Reuse
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ...) -> None: ...
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ...) -> None: ...
