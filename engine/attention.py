@@ -5,27 +5,37 @@ batch travels as one argument. Keys and values are written to the page pool firs
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import AttentionInterface
 
 from kvferry.common.errors import IncompatibleNode
 from kvferry.engine.batch import StepPlan
-from kvferry.kernels.reference import RowSpan, extend_attention, kv_write
+from kvferry.kernels.cpu_attention import CpuAttention, Workspace
+from kvferry.kernels.reference import ReferenceAttention, RowSpan
 
 ATTENTION_NAME = "kvferry"
 
 
+class PagedAttention(Protocol):
+    """One step's attention over the page pool, on one kind of device."""
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store the new tokens' keys and values, `[T, kv_heads, head_dim]` each."""
+        ...
+
+    def attend(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+        """`query[T, H, head_dim]` -> the same shape: causal over each row's context, which has been written."""
+        ...
+
+
 @dataclass(slots=True)
 class PagedBatch:
-    """A step's rows laid end to end, `T` tokens in all.
+    """A step's rows laid end to end, `T` tokens in all. `calls` counts the layers that asked, so that a model which
+    computes attention on its own is noticed."""
 
-    `slot_mapping[T]`: where each token's KV goes. `calls` counts the layers that asked, so that a model which
-    computes attention on its own is noticed.
-    """
-
-    pool: torch.Tensor
-    slot_mapping: torch.Tensor
+    attention: PagedAttention
     rows: list[RowSpan]
     calls: int = 0
 
@@ -57,15 +67,15 @@ def paged_attention(
         raise IncompatibleNode(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
     batch, layer = paged_batch, module.layer_idx
     batch.calls += 1
-    kv_write(batch.pool, layer, batch.slot_mapping, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    batch.attention.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return extend_attention(query[0].transpose(0, 1), batch.pool, layer, batch.rows, scale)[None], None
+    return batch.attention.attend(layer, query[0].transpose(0, 1), scale)[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
-def lay_out(plan: StepPlan, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, PagedBatch]:
+def lay_out(plan: StepPlan, pool: torch.Tensor, workspace: Workspace) -> tuple[torch.Tensor, torch.Tensor, PagedBatch]:
     """A plan as tensors on the pool's device: token ids and positions, int64 `[1, T]` each, and the batch."""
     device, block_size = pool.device, pool.shape[4]
     tokens: list[int] = []
@@ -79,5 +89,9 @@ def lay_out(plan: StepPlan, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         tokens += row.token_ids
         positions += range(row.start, end)
         slots += [pages[p // block_size] * block_size + p % block_size for p in range(row.start, end)]
-    batch = PagedBatch(pool, torch.tensor(slots, device=device), rows)
-    return torch.tensor([tokens], device=device), torch.tensor([positions], device=device), batch
+    slot_mapping = torch.tensor(slots, device=device)
+    if device.type == "cpu":
+        attention = CpuAttention(pool, workspace, rows, slot_mapping)
+    else:
+        attention = ReferenceAttention(pool, rows, slot_mapping)
+    return torch.tensor([tokens], device=device), torch.tensor([positions], device=device), PagedBatch(attention, rows)

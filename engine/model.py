@@ -24,8 +24,10 @@ from kvferry.common.errors import ConfigError, IncompatibleNode
 from kvferry.common.hashing import length_prefixed
 from kvferry.engine.attention import ATTENTION_NAME, lay_out
 from kvferry.engine.batch import Row, StepPlan
+from kvferry.kernels.cpu_attention import Workspace
+from kvferry.kernels.packed_linear import can_pack, pack_linears
 
-KV_CODE_VERSION = 1  # raised whenever our own arithmetic changes what ends up in a block
+KV_CODE_VERSION = 2  # raised whenever our own arithmetic changes what ends up in a block
 SUPPORTED = ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM")
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -64,6 +66,8 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
             folder, dtype=getattr(torch, dtype), attn_implementation=ATTENTION_NAME, use_safetensors=True
         )
     module = module.to(device).eval().requires_grad_(False)
+    if can_pack(device, module.dtype):
+        pack_linears(module)
     model = LoadedModel(
         module=module,
         layout=layout,
@@ -213,7 +217,8 @@ def hash_files(files: list[Path], progress: Progress) -> list[bytes]:
 def check_attention(model: LoadedModel) -> None:
     """Run two tokens and count: a model must call our attention once a layer. Raises IncompatibleNode by name."""
     pool = torch.zeros(1, *model.layout.shape, dtype=getattr(torch, model.layout.dtype), device=model.device)
-    tokens, positions, batch = lay_out(StepPlan((Row(0, (0, 0)[: model.layout.block_size], 0, (0,), None),)), pool)
+    plan = StepPlan((Row(0, (0, 0)[: model.layout.block_size], 0, (0,), None),))
+    tokens, positions, batch = lay_out(plan, pool, Workspace())
     model.module(input_ids=tokens, position_ids=positions, use_cache=False, paged_batch=batch)
     if batch.calls != model.layout.layers:
         raise IncompatibleNode(

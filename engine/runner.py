@@ -7,6 +7,7 @@ from kvferry.engine.attention import lay_out
 from kvferry.engine.batch import StepPlan
 from kvferry.engine.model import LoadedModel
 from kvferry.engine.sampler import sample
+from kvferry.kernels.cpu_attention import Workspace
 
 
 class Runner:
@@ -18,11 +19,12 @@ class Runner:
     def __init__(self, model: LoadedModel, kv: torch.Tensor):
         self._model = model
         self._kv = kv
+        self._workspace = Workspace()
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """`[R, vocab]`: a row of logits for each row of the plan that has a draw, after its last token."""
-        tokens, positions, batch = lay_out(plan, self._kv)
+        tokens, positions, batch = lay_out(plan, self._kv, self._workspace)
         ends = [s.start + s.length - 1 for row, s in zip(plan.rows, batch.rows, strict=True) if row.draw is not None]
         # Without a draw the model still computes one row: it has no way to compute none.
         keep = torch.tensor(ends or [0], device=tokens.device)

@@ -1,4 +1,4 @@
-"""Plain torch on a paged KV pool: the truth that other kernels are held to, and the CPU path.
+"""Plain torch on a paged KV pool: the truth that other kernels are held to, and the path where there is none.
 
 Shapes used here: `pool[num_blocks, kv_heads, layers, 2, block_size, head_dim]`; `T` new tokens of all rows laid end to
 end; `H` query heads, `H = kv_heads * group`. A row's tokens sit at positions `context - length .. context - 1`, and
@@ -73,3 +73,18 @@ def extend_attention(
 def causal_mask(length: int, context: int, device: torch.device) -> torch.Tensor:
     """bool `[length, context]`: the last `length` positions of `context`, each seeing itself and what is before."""
     return torch.ones(length, context, dtype=torch.bool, device=device).tril(context - length)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceAttention:
+    """One step's attention by the functions above, on any device."""
+
+    pool: torch.Tensor
+    rows: list[RowSpan]
+    slot_mapping: torch.Tensor
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        kv_write(self.pool, layer, self.slot_mapping, key, value)
+
+    def attend(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+        return extend_attention(query, self.pool, layer, self.rows, scale)
