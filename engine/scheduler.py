@@ -6,8 +6,6 @@ youngest sequence gives its blocks back and waits again, one that is still being
 Because every sequence can only push out younger ones, the oldest always gets on: nothing starves, nothing wedges.
 """
 
-from collections.abc import Iterable
-
 from kvferry.common.errors import InvalidRequest, Overloaded
 from kvferry.engine.batch import Row, StepPlan
 from kvferry.engine.page_pool import PagePool
@@ -98,11 +96,10 @@ class Scheduler:
             # A sequence that was pushed out since the lists were made is not running any more.
             if budget > 0 and seq.status is Status.RUNNING:
                 end = seq.next_chunk(budget)
-                if self._reach(seq, end, {s.id for s, _ in chosen}):
+                if self._reach(seq, end):
                     budget -= end - seq.num_computed
+                    seq.in_flight = True
                     chosen.append((seq, end))
-        for seq, _ in chosen:
-            seq.in_flight = True
         rows = tuple(self._row(seq, end) for seq, end in chosen)
         return StepPlan(rows) if rows else None
 
@@ -111,13 +108,13 @@ class Scheduler:
         draw = seq.draw() if end == len(seq.token_ids) else None
         return Row(seq.id, new, seq.num_computed, tuple(seq.block_table), draw)
 
-    def _reach(self, seq: Sequence, end: int, chosen: Iterable[int]) -> bool:
+    def _reach(self, seq: Sequence, end: int) -> bool:
         """Make the block table cover `end` tokens, pushing out younger sequences if need be, itself at the last."""
         while len(seq.block_table) * seq.block_size < end:
             if (more := self._pool.allocate(1)) is not None:
                 seq.block_table += more
                 continue
-            younger = [s for s in self._holding() if s.id > seq.id and s.id not in chosen]
+            younger = [s for s in self._holding() if s.id > seq.id and not s.in_flight]
             victim = younger[0] if younger else seq
             self.preempt(victim)
             if victim is seq:
