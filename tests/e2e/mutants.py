@@ -50,8 +50,8 @@ def spoil_positions() -> None:
 
     lay_out = runner.lay_out
 
-    def spoilt(plan, pool):
-        tokens, positions, batch = lay_out(plan, pool)
+    def spoilt(*what):
+        tokens, positions, batch = lay_out(*what)
         return tokens, positions + (fault() == POSITIONS), batch
 
     runner.lay_out = spoilt
