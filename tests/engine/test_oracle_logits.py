@@ -163,8 +163,8 @@ def test_a_wrong_position_is_seen(paged, monkeypatch, count, shift):
 
     right = runner.lay_out
 
-    def shifted(plan, pool):
-        tokens, positions, batch = right(plan, pool)
+    def shifted(*what):
+        tokens, positions, batch = right(*what)
         return tokens, positions + shift, batch
 
     sequence = paged(60)
