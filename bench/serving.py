@@ -149,6 +149,7 @@ class Direct:
         call = self._stub.Watch(pb.WatchRequest())
         status = await call.read()
         call.cancel()
+        await call.code()
         return status
 
     def first_token_seconds(self, prompt: list[int]) -> float:
