@@ -158,7 +158,7 @@ class Cluster:
         try:
             until(self._started, START_S, "ready")
             assert self.ready(), "it said that it was"
-            assert all(node["ready"] for node in self.nodes()["nodes"])
+            until(lambda: all(node["ready"] for node in self.nodes()["nodes"]), START_S, "every worker there")
         except BaseException:
             self.kill()
             raise
