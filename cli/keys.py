@@ -52,6 +52,7 @@ def revoke(
 
     with plain_errors("keys revoke"), _alone(tenants_file):
         write_file(tenants_file, without_key(read_file(tenants_file), key_id))
+    print(f"{key_id} is revoked; a running router accepts it until it is started again")
 
 
 @contextmanager

@@ -44,7 +44,7 @@ KvCacheSize = Annotated[str, typer.Option(metavar="SIZE", help="Memory for KV pa
 NumBlocks = Annotated[
     int | None, typer.Option("--num-gpu-blocks-override", help="KV pages as a number of blocks, instead of a size.")
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads a worker.  [default: the cores, shared out]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.  [default: the cores, shared out]")]
 
 StoreSocket = Annotated[Path, typer.Option(help="Unix socket of this host's store node.")]
 LeaseSeconds = Annotated[float, typer.Option(help="How long a silent connection keeps its leases.")]

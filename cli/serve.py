@@ -246,4 +246,5 @@ def _say_ready(plan: Plan, shown: Bars | Lines) -> None:
     host = f"[{plan.host}]" if ":" in plan.host else plan.host
     gib = parse_size(plan.store_size) / 2**30
     print(f"kvferry is ready: http://{host}:{plan.port}/v1  model {plan.served_model_name}  "
-          f"({plan.prefill} prefill, {plan.decode} decode, store {gib:.1f} GiB)", flush=True)  # fmt: skip
+          f"({plan.prefill} prefill, {plan.decode} decode, store {gib:.1f} GiB; metrics: "
+          f"http://127.0.0.1:{plan.admin_port}/metrics)", flush=True)  # fmt: skip

@@ -5,6 +5,10 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from kvferry.common.errors import ConfigError
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
 
 class _JsonLines(logging.Formatter):
     def __init__(self, role: str):
@@ -27,12 +31,14 @@ class _JsonLines(logging.Formatter):
 
 
 def setup_logging(role: str, level: str = "INFO") -> None:
-    """Send the root logger to stderr, once, at the start of a process."""
+    """Send the root logger to stderr, once, at the start of a process. Raises ConfigError for an unknown level."""
+    if level.upper() not in LEVELS:
+        raise ConfigError(f"--log-level {level!r} is not known; use {', '.join(LEVELS)}")
     handler = logging.StreamHandler(sys.stderr)
     if sys.stderr.isatty():
         handler.setFormatter(logging.Formatter(f"%(asctime)s {role:<7} %(levelname)-7s %(message)s", "%H:%M:%S"))
     else:
         handler.setFormatter(_JsonLines(role))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "aiohttp.access", "transformers", "huggingface_hub", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import socket
+from pathlib import Path
 
 from kvferry.common.block import slot_stride
 from kvferry.common.clock import MonotonicClock
@@ -35,6 +36,7 @@ async def serve(config: StoreConfig, notifier: Notifier, stop: asyncio.Event) ->
     Raises ConfigError when the socket or the memory cannot be had, RuntimeError when the index finds itself damaged.
     """
     await refuse_if_answered(config)
+    refuse_if_too_large(config)
     arena = await create_arena(config.size_bytes, lambda done, total: notifier.progress("prefault", done, total))
     try:
         await refuse_if_answered(config)
@@ -50,6 +52,17 @@ async def serve(config: StoreConfig, notifier: Notifier, stop: asyncio.Event) ->
             remove_socket(config, inode)
     finally:
         os.close(arena)
+
+
+def refuse_if_too_large(config: StoreConfig) -> None:
+    """Raise ConfigError if the memory is not there: the arena is touched whole at the start."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(told["MemAvailable"].split()[0]) * 1024
+    if config.size_bytes > available:
+        raise ConfigError(
+            f"a store of {config.size_bytes / 2**30:.1f} GiB does not fit into the {available / 2**30:.1f} GiB of "
+            "memory that this host has available; give a smaller --store-size"
+        )
 
 
 async def refuse_if_answered(config: StoreConfig) -> None:

@@ -1,11 +1,11 @@
 """The operator's listener: metrics for Prometheus, and the nodes as JSON. Apart from the clients' listener."""
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import msgspec
 from aiohttp import web
-from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -62,8 +62,9 @@ def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics) -> web.Applicat
 def describe(node: Node) -> dict[str, Any]:
     told: dict[str, Any] = {"address": node.address, "role": node.role, "ready": node.ready}
     if node.status is not None:
-        status = MessageToDict(node.status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        told |= status | {"fingerprint": node.status.fingerprint.hex()}
+        told |= {field.name: getattr(node.status, field.name) for field in node.status.DESCRIPTOR.fields}
+        layout = node.model.layout
+        told |= {"fingerprint": node.status.fingerprint.hex(), "layout": dataclasses.asdict(layout)}
     return told
 
 

@@ -42,6 +42,7 @@ from kvferry.router.tenants import Tenants
 from kvferry.router.text import Tokenizer, check_token_ids, load_tokenizer
 
 READY_LOOK_S = 30.0
+LAST_WORDS_S = 0.5  # for answers that say that the server stops
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = logging.getLogger(__name__)
@@ -60,11 +61,12 @@ async def serve(config: RouterConfig, notifier: Notifier, stop: asyncio.Event) -
     nodes.start()
     try:
         admin = admin_app(nodes, store, metrics)
-        runners.append(await listen(admin, config.admin_host, config.admin_port, config.drain_s))
-        runners.append(await listen(front.app(), config.host, config.port, config.drain_s))
+        runners.append(await listen(admin, config.admin_host, config.admin_port))
+        runners.append(await listen(front.app(), config.host, config.port))
         ready = asyncio.create_task(tell_when_ready(nodes, notifier))
         await stop.wait()
         ready.cancel()
+        await front.drain()
     finally:
         for runner in reversed(runners):
             await runner.cleanup()
@@ -81,9 +83,9 @@ async def tell_when_ready(nodes: Nodes, notifier: Notifier) -> None:
     notifier.ready()
 
 
-async def listen(app: web.Application, host: str, port: int, drain_s: float) -> web.AppRunner:
+async def listen(app: web.Application, host: str, port: int) -> web.AppRunner:
     """Serve `app`; a client that goes cancels its handler. Raises ConfigError when the address is taken."""
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=drain_s)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()
@@ -114,6 +116,17 @@ class Front:
         self._clock = MonotonicClock()
         self._created = int(time.time())
         self._open = 0
+        self._idle = asyncio.Event()
+
+    async def drain(self) -> None:
+        """Let open requests end for `drain_s`; then each of them gets an error, and no new one is taken."""
+        self._idle.clear()
+        if self._open:
+            try:
+                await asyncio.wait_for(self._idle.wait(), self._config.drain_s)
+            except TimeoutError:
+                log.warning("%d requests are ended by the shutdown", self._open)
+        self._flow.stop()
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._answer_errors], client_max_size=self._config.max_body_bytes)
@@ -134,9 +147,9 @@ class Front:
         try:
             response = await handler(request)
         except web.HTTPException as error:
-            response = error_response(told_of(error, request), request["id"])
+            response = self._refuse(request, told_of(error, request))
         except KvferryError as error:
-            response = error_response(error, request["id"])
+            response = self._refuse(request, error)
         except ConnectionResetError:
             raise  # the client went: there is nobody to answer
         except Exception as error:
@@ -145,6 +158,14 @@ class Front:
         if not response.prepared:
             response.headers["X-Request-Id"] = request["id"]
         return response
+
+    def _refuse(self, request: web.Request, error: KvferryError) -> web.Response:
+        """The answer to a request that is refused. Counted here, unless its record has counted it already."""
+        outcome = outcome_of(error)
+        if not request.get("counted"):
+            self._metrics.requests.labels(outcome.code).inc()
+        log.info("%s refused: %d %s", request.method, outcome.http, outcome.code, extra={"request_id": request["id"]})
+        return error_response(error, request["id"])
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -170,6 +191,7 @@ class Front:
             raise NotFound(f"the model {asked.model[:64]!r} is not served here; {self._config.served_model_name!r} is")
         if self._open >= self._config.max_concurrent:
             raise Overloaded(f"{self._open} requests are being served already; try again later")
+        request["counted"] = True
         self._open += 1
         self._metrics.open_requests.set(self._open)
         outcome = "cancelled"
@@ -189,6 +211,8 @@ class Front:
             raise
         finally:
             self._open -= 1
+            if not self._open:
+                self._idle.set()
             self._metrics.open_requests.set(self._open)
             self._metrics.count(record, outcome)
 

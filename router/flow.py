@@ -28,6 +28,7 @@ from kvferry.router.placement import least_loaded, place
 
 ATTEMPTS = 3  # the first, and two more
 RETRIED = (Unavailable, Internal)
+STOPPING = "this server is shutting down; try again later"
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,14 @@ class Flow:
         self._config, self._nodes, self._store = config, nodes, store
         self._metrics, self._clock = metrics, clock
         self._finishing: set[asyncio.Task[None]] = set()
+        self._active: set[Handover] = set()
+        self._stopping = False
+
+    def stop(self) -> None:
+        """End every request with an error, and take no more."""
+        self._stopping = True
+        for handover in self._active:
+            handover.abort(Unavailable(STOPPING))
 
     async def run(self, job: Job, record: Record) -> AsyncIterator[Piece]:
         """Yield the job's tokens in order. Raises a KvferryError within `request_s` if it cannot be finished."""
@@ -67,7 +76,7 @@ class Flow:
                         if piece.finish_reason:
                             return
             except RETRIED as error:
-                if record.attempts == ATTEMPTS:
+                if record.attempts == ATTEMPTS or self._stopping:
                     raise
                 log.warning("attempt %d failed: %s", record.attempts, error, extra={"request_id": job.request_id})
                 self._metrics.failed_attempts.labels("decode").inc()
@@ -83,13 +92,17 @@ class Flow:
         cached = len(seen.blocks) * model.layout.block_size
         sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), job.params)
 
+        if self._stopping:
+            raise Unavailable(STOPPING)
         handover = await self._admitted(sequence, model, cached, names, record)
+        self._active.add(handover)
         ended = False
         try:
             async for piece in handover.pieces(self._clock, give_up):
                 ended = piece.finish_reason is not None
                 yield piece
         finally:
+            self._active.discard(handover)
             if ended:
                 self._finish_later(handover)
             else:

@@ -198,6 +198,10 @@ class Handover:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise _DecodeEnded from error
 
+    def abort(self, why: KvferryError) -> None:
+        """Have `pieces` raise."""
+        self._out.put_nowait(why)
+
     async def finish(self) -> None:
         """The request ended well: give both nodes a moment to publish what they computed, then close."""
         try:

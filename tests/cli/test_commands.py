@@ -88,6 +88,7 @@ def test_keys_made_at_once_are_all_kept(tmp_path):
     ],
 )
 def test_serve_refuses_before_it_starts_anything(tmp_path, arguments, says):
+    (tmp_path / "config.json").write_text("{}")
     refused = kvferry("serve", tmp_path, "--port", 0, "--admin-port", 0, *arguments)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"kvferry serve: {says}")
@@ -96,6 +97,7 @@ def test_serve_refuses_before_it_starts_anything(tmp_path, arguments, says):
 
 
 def test_serve_says_when_a_port_is_taken(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused = kvferry("serve", tmp_path, "--port", port, "--admin-port", 0)
@@ -141,6 +143,7 @@ def test_demo_model_is_made_once_and_the_same(tmp_path, monkeypatch):
 
 def test_other_models_pass_through(tmp_path):
     assert resolve("Qwen/Qwen2.5-0.5B") == ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B")
+    (tmp_path / "config.json").write_text("{}")
     assert resolve(str(tmp_path)) == (str(tmp_path.resolve()), tmp_path.name)
 
 
@@ -174,3 +177,27 @@ def test_open_port():
     assert open_port("127.0.0.1", port, "--port") == port
     with pytest.raises(ConfigError, match="give another --port"):
         open_port("192.0.2.1", 0, "--port")
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [("/no/such/folder", "there is no folder /no/such/folder"), ("./nope", "there is no folder ./nope"),
+     ("/tmp", "/tmp is a folder without a config.json")],
+)  # fmt: skip
+def test_serve_looks_for_the_model_first(model, says):
+    refused = kvferry("serve", model, "--port", 0, "--admin-port", 0)
+    assert refused.returncode == 2
+    assert says in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_a_store_that_the_host_cannot_hold_is_refused(tmp_path):
+    refused = kvferry("store", "--socket", tmp_path / "store", "--size", "4000TiB")
+    assert refused.returncode == 2
+    assert "does not fit into" in refused.stderr
+
+
+def test_a_log_level_that_is_none_is_refused():
+    refused = kvferry("store", "--socket", "/tmp/never", "--log-level", "LOUD")
+    assert refused.returncode == 2
+    assert "'LOUD' is not known; use DEBUG, INFO, WARNING, ERROR" in refused.stderr

@@ -44,7 +44,18 @@ def test_every_prompt_token_is_accounted_for_once(llama, prompts):
     after = tokens_by_source(llama)
     assert {source: after[source] - before[source] for source in SOURCES} == sums
     ok = ("kvferry_requests_total", frozenset({("outcome", "ok")}))
-    assert metrics(llama)[ok] - told_before[ok] == len(replies) + 2
+    assert metrics(llama)[ok] - told_before.get(ok, 0) == len(replies) + 2
+
+
+def test_refusals_are_counted(llama):
+    """Also those that end before anything is computed."""
+    told = metrics(llama)
+    for model, prompt, code in (("nobody", [1], "not_found"), ("llama", [], "invalid_request")):
+        key = ("kvferry_requests_total", frozenset({("outcome", code)}))
+        body = {"model": model, "prompt": prompt, "max_tokens": 1}
+        credentials = {"Authorization": f"Bearer {llama.key}"}
+        assert llama.http.post("/v1/completions", json=body, headers=credentials).status_code in (400, 404)
+        assert metrics(llama)[key] == told.get(key, 0) + 1
 
 
 def test_metrics_of_nodes_and_store(llama):
