@@ -162,10 +162,13 @@ class Direct:
         call = self._stub.Continue()
         await call.write(pb.ContinueCommand(open=pb.ContinueOpen(sequence=sequence)))
         await call.done_writing()
-        async for event in call:
+        elapsed = None
+        async for event in call:  # to its end, so that nothing of the call is left
             if event.HasField("tokens"):
-                return time.perf_counter() - started
-        raise SystemExit(f"decode gave no token: {await call.details()}")
+                elapsed = time.perf_counter() - started
+        if elapsed is None:
+            raise SystemExit(f"decode gave no token: {await call.details()}")
+        return elapsed
 
     def __enter__(self) -> "Direct":
         return self
