@@ -22,7 +22,6 @@ import typer
 from kvferry.cli.run import plain_errors
 from kvferry.common.errors import ConfigError, Internal
 
-READY_S = 600.0  # the first start of a large model hashes and loads it
 STOP_S = 10.0
 ANSWER_TOKENS = 32
 BRIEFING = (

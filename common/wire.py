@@ -69,7 +69,16 @@ def scope_from_wire(sequence: pb.Sequence, layout: BlockLayout) -> CacheScope:
 
 def error_of(error: grpc.aio.AioRpcError) -> KvferryError:
     """What a failed call means: the peer's own error where it sent one, `Unavailable` where the connection broke."""
-    return error_from_grpc(error.code().name, error.details() or "the connection to the node broke")
+    return _told(error.code(), error.details())
+
+
+async def why_ended(call: grpc.aio.Call) -> KvferryError:
+    """What it means that a call gave EOF before it was expected to."""
+    return _told(await call.code(), await call.details())
+
+
+def _told(code: grpc.StatusCode, details: str | None) -> KvferryError:
+    return error_from_grpc(code.name, details or "the connection to the node broke")
 
 
 StreamMethod = Callable[..., AsyncIterator[Any]]

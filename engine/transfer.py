@@ -39,7 +39,7 @@ class Transfer:
         """
         admission, pulled, holes = seq.admissions, 0, 0
         index, upto = seq.blocks_computed, min(upto, seq.reuse_cap)
-        while index < upto and holes <= MAX_HOLES and seq.admissions == admission and seq.status is Status.RESTORING:
+        while index < upto and holes <= MAX_HOLES and still_restoring(seq, admission):
             if index in seq.filled:
                 index += 1
                 continue
@@ -56,13 +56,9 @@ class Transfer:
 
     async def _copy_in(self, seq: Sequence, admission: int, match: Match, first: int) -> int:
         """Copy a match into the table from index `first`; how many of its blocks are good and still wanted."""
-
-        def wanted() -> bool:
-            return seq.admissions == admission and seq.status is Status.RESTORING
-
         if not match.lease:
             return 0
-        blocks = seq.block_table[first : first + len(match.blocks)] if wanted() else []
+        blocks = seq.block_table[first : first + len(match.blocks)] if still_restoring(seq, admission) else []
         self._pool.hold(blocks)
         good, landing = 0, self._memory.landing(blocks)
         try:
@@ -74,7 +70,7 @@ class Transfer:
         finally:
             self._pool.release(blocks)
         held = await self.store.release(match.lease)
-        if not (held and wanted()):
+        if not (held and still_restoring(seq, admission)):
             return 0
         self._memory.land(blocks[:good], landing[:good])
         for index in range(first, first + good):
@@ -111,6 +107,11 @@ class Transfer:
 
     def background(self, seq: Sequence, publish: "Publish") -> "BackgroundPublisher":
         return BackgroundPublisher(self._pool, seq, publish)
+
+
+def still_restoring(seq: Sequence, admission: int) -> bool:
+    """Whether a sequence has not been pushed out since its `admission`-th admission."""
+    return seq.admissions == admission and seq.status is Status.RESTORING
 
 
 def parent_of(seq: Sequence, index: int) -> BlockName:

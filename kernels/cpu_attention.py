@@ -1,4 +1,4 @@
-"""Paged attention on the CPU, as close to memory speed as plain torch comes.
+"""Paged attention on the CPU in plain torch, without fresh memory for what it gathers.
 
 A row's keys and values are gathered from their blocks into a buffer that stays in cache, then attended to from there.
 Gathering copies whole `[block_size, head_dim]` tiles: the pool is seen as a flat list of tiles, of which the one for
@@ -111,7 +111,7 @@ class CpuAttention:
 
 def attend_decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """One token over its whole context: `query[..., kv_heads, group, head_dim]` -> the same shape, with `keys` and
-    `values` `[..., kv_heads, context, head_dim]`. Two plain products read K and V once each, at the speed of cache."""
+    `values` `[..., kv_heads, context, head_dim]`. Two plain products read K and V once each."""
     if query.dtype is not torch.float32:  # plain products would round the scores
         return F.scaled_dot_product_attention(query, keys, values, scale=scale)
     weights = torch.matmul(query * scale, keys.transpose(-1, -2)).softmax(-1)

@@ -1,7 +1,8 @@
 """Linear layers on the CPU with weights laid out for oneDNN once, at load.
 
-`F.linear` hands a plain weight to a general matrix product at each call. oneDNN reads a weight in its own blocked order
-several times faster; these are the two operators that torch's inductor uses for that ("freezing"), called directly.
+`F.linear` hands a plain weight to a general matrix product at each call; oneDNN reads a weight faster in its
+own blocked order. These are the two operators that torch's inductor uses for that ("freezing"), called directly.
+bench/engine.py measures what they give.
 """
 
 import torch

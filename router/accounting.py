@@ -16,7 +16,6 @@ class Record:
     """One request's account. The flow fills it in; times are seconds on the router's clock."""
 
     request_id: str
-    tenant: str
     prompt_tokens: int
     arrived: float
     placements: list[Placement] = field(default_factory=list)

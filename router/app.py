@@ -195,7 +195,7 @@ class Front:
         self._open += 1
         self._metrics.open_requests.set(self._open)
         outcome = "cancelled"
-        record = Record(request["id"], tenant, 0, self._clock.now())
+        record = Record(request["id"], 0, self._clock.now())
         try:
             job = await self._prepare(asked, tenant, request["id"])
             record.prompt_tokens = len(job.token_ids)

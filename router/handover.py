@@ -15,7 +15,7 @@ import grpc
 from kvferry.common.clock import Clock
 from kvferry.common.errors import DeadlineExceeded, Internal, KvferryError, Overloaded, Unavailable
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.wire import error_of
+from kvferry.common.wire import error_of, why_ended
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import Placement
@@ -64,7 +64,7 @@ class Handover:
         except TimeoutError as error:
             raise Overloaded(f"the decode node did not admit the request within {admission_s:g} s") from error
         except grpc.aio.AioRpcError as error:
-            raise self._decode_error(error) from error
+            raise self._noted(error_of(error)) from error
         if event is grpc.aio.EOF or not event.HasField("admitted"):
             raise await self._ended()
         self._tasks.append(asyncio.create_task(self._receive()))
@@ -98,22 +98,21 @@ class Handover:
                     self._out.put_nowait(Piece(tuple(event.tokens.token_ids), event.tokens.finish_reason or None))
             self._out.put_nowait(await self._ended())
         except grpc.aio.AioRpcError as error:
-            self._out.put_nowait(self._decode_error(error))
+            self._out.put_nowait(self._noted(error_of(error)))
         finally:
             self._restored.set()
 
     async def _ended(self) -> KvferryError:
         """Why a `continue` stream that gave EOF is over."""
-        code, details = await self._continue.code(), await self._continue.details()
-        if code is grpc.StatusCode.OK:
+        if await self._continue.code() is grpc.StatusCode.OK:
             return Unavailable("the decode node ended the stream before the last token")
-        return self._decode_error(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details))
+        return self._noted(await why_ended(self._continue))
 
-    def _decode_error(self, error: grpc.aio.AioRpcError) -> KvferryError:
-        told = error_of(error)
-        if isinstance(told, Unavailable):
+    def _noted(self, error: KvferryError) -> KvferryError:
+        """Decode's error; where it means that the node is not there, nothing more is placed on it for now."""
+        if isinstance(error, Unavailable):
             self._nodes.mark_gone(self._placement.decode)
-        return told
+        return error
 
     async def _feed(self, prefill: Node) -> None:
         """Have the sequence filled. A fill that breaks goes to another node; after the last, decode computes."""
@@ -129,8 +128,8 @@ class Handover:
                 try:
                     await self._fill(node, progress)
                     return
-                except grpc.aio.AioRpcError as error:
-                    self._note_broken_fill(node, error_of(error))
+                except (grpc.aio.AioRpcError, KvferryError) as error:
+                    self._note_broken_fill(node, error_of(error) if isinstance(error, grpc.aio.AioRpcError) else error)
                 decode = self._placement.decode
                 partners = self._nodes.partners(decode) if decode.ready else []
                 node = next((n for n in partners if n not in tried), None)
@@ -161,9 +160,7 @@ class Handover:
                 if report.done:
                     break
             if not progress.done:
-                raise grpc.aio.AioRpcError(
-                    await fill.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), details=await fill.details()
-                )
+                raise await why_ended(fill)
             await self._restored.wait()
             await self._let_go(fill)
         finally:

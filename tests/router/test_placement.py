@@ -80,7 +80,7 @@ def test_a_second_fill_that_ends_early_does_not_count():
     async def main():
         (decode,), (prefill,) = nodes(busy(0), role="decode"), nodes(busy(0))
         placement = place(decode, [prefill], PREFIXES[0], 1000, 0, 64)
-        record = Record("r", "t", 1000, 0.0, placements=[placement])
+        record = Record("r", 1000, 0.0, placements=[placement])
         handover = Handover(pb.Sequence(request_id="r"), placement, SimpleNamespace(), record, Metrics())
         relayed, sent = [], handover._out
         handover._continue = SimpleNamespace(
