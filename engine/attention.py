@@ -11,9 +11,6 @@ import torch
 from transformers import AttentionInterface
 
 from kvferry.common.errors import IncompatibleNode
-from kvferry.engine.batch import StepPlan
-from kvferry.kernels.cpu_attention import CpuAttention, Workspace
-from kvferry.kernels.reference import ReferenceAttention, RowSpan
 
 ATTENTION_NAME = "kvferry"
 
@@ -32,11 +29,9 @@ class PagedAttention(Protocol):
 
 @dataclass(slots=True)
 class PagedBatch:
-    """A step's rows laid end to end, `T` tokens in all. `calls` counts the layers that asked, so that a model which
-    computes attention on its own is noticed."""
+    """A step's attention. `calls` counts the layers that asked, so that a model which attends on its own is noticed."""
 
     attention: PagedAttention
-    rows: list[RowSpan]
     calls: int = 0
 
 
@@ -73,25 +68,3 @@ def paged_attention(
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
-
-
-def lay_out(plan: StepPlan, pool: torch.Tensor, workspace: Workspace) -> tuple[torch.Tensor, torch.Tensor, PagedBatch]:
-    """A plan as tensors on the pool's device: token ids and positions, int64 `[1, T]` each, and the batch."""
-    device, block_size = pool.device, pool.shape[4]
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    rows = []
-    for row in plan.rows:
-        end = row.start + len(row.token_ids)
-        pages = row.block_table[: -(-end // block_size)]
-        rows.append(RowSpan(len(tokens), len(row.token_ids), end, torch.tensor(pages, device=device)))
-        tokens += row.token_ids
-        positions += range(row.start, end)
-        slots += [pages[p // block_size] * block_size + p % block_size for p in range(row.start, end)]
-    slot_mapping = torch.tensor(slots, device=device)
-    if device.type == "cpu":
-        attention = CpuAttention(pool, workspace, rows, slot_mapping)
-    else:
-        attention = ReferenceAttention(pool, rows, slot_mapping)
-    return torch.tensor([tokens], device=device), torch.tensor([positions], device=device), PagedBatch(attention, rows)

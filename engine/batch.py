@@ -1,42 +1,56 @@
-"""What crosses from the scheduler to the runner: plain data, no tensors, no queues."""
+"""What crosses from the scheduler to the runner: plain data, no queues, and nothing that a step in flight could see
+change."""
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from kvferry.common.sampling import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Draw:
-    """One token to choose: `position` is its absolute index in the sequence, `generated` how many came before it
-    since the prompt, `stop_ids` the tokens that would end the sequence (barred until `min_tokens`)."""
+    """How the tokens of one sequence are chosen. It lives as long as the sequence and is the same object in each step.
 
-    params: SamplingParams
-    position: int
-    generated: int
-    stop_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Compute `token_ids` at positions `start ..` of one sequence, whose KV lies in `block_table`.
-
-    The table covers every position up to the last new one. `draw` is set when the row's last token is the last one
-    known, so that a next one is to be chosen.
+    `token_ids` is the sequence's own list, prompt first; it does not change while a step is in flight. `stop_ids` are
+    the tokens that would end the sequence (barred until `min_tokens` have been generated).
     """
 
-    seq_id: int
-    token_ids: tuple[int, ...]
-    start: int
-    block_table: tuple[int, ...]
-    draw: Draw | None
+    params: SamplingParams
+    stop_ids: tuple[int, ...]
+    token_ids: list[int]
+    prompt_len: int
+
+    @property
+    def position(self) -> int:
+        """The absolute index of the token that is to be chosen."""
+        return len(self.token_ids)
+
+    @property
+    def generated(self) -> int:
+        """How many tokens came before it since the prompt."""
+        return len(self.token_ids) - self.prompt_len
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """One forward of the model. At most one row a sequence."""
+    """One forward of the model: R rows, at most one a sequence, T tokens in all. Integer arrays are int64.
 
-    rows: tuple[Row, ...]
+    Row r computes the next `lengths[r]` of `token_ids [T]`, at positions from `positions[r]` on, of the sequence
+    `seq_ids[r]`. Its KV lies in the blocks `tables[r]`, which cover every position up to the last new one; entries
+    after those mean nothing. `draws[i]` chooses a token after the last one of row `draw_rows[i]`; a row may have none,
+    or several. Before anything is written, block `copies[i, 0]` is copied to `copies[i, 1]`.
+    """
+
+    seq_ids: list[int]
+    token_ids: np.ndarray
+    positions: np.ndarray
+    lengths: np.ndarray
+    tables: np.ndarray
+    draw_rows: np.ndarray
+    draws: list[Draw]
+    copies: np.ndarray
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.token_ids) for row in self.rows)
+        return len(self.token_ids)

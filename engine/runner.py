@@ -3,42 +3,47 @@
 import torch
 
 from kvferry.common.errors import Internal
-from kvferry.engine.attention import lay_out
 from kvferry.engine.batch import StepPlan
+from kvferry.engine.inputs import lay_out
 from kvferry.engine.model import LoadedModel
-from kvferry.engine.sampler import sample
+from kvferry.engine.sampler import Sampled, Sampler
 from kvferry.kernels.cpu_attention import Workspace
+from kvferry.kernels.reference import copy_blocks
 
 
 class Runner:
     """Runs plans over `kv`, the page pool's tensor `[num_blocks, kv_heads, layers, 2, block_size, head_dim]`.
 
-    Not thread-safe: one step at a time. It writes only the blocks that a plan's rows name.
+    Not thread-safe: one step at a time. It writes only the blocks that a plan's rows and copies name.
     """
 
     def __init__(self, model: LoadedModel, kv: torch.Tensor):
         self._model = model
         self._kv = kv
         self._workspace = Workspace()
+        self._sampler = Sampler()
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """`[R, vocab]`: a row of logits for each row of the plan that has a draw, after its last token."""
-        tokens, positions, batch = lay_out(plan, self._kv, self._workspace)
-        ends = [s.start + s.length - 1 for row, s in zip(plan.rows, batch.rows, strict=True) if row.draw is not None]
+        """`[D, vocab]`: a row of logits for each draw of the plan, after the last token of its row."""
+        if len(plan.copies):
+            copy_blocks(self._kv, torch.from_numpy(plan.copies))
+        inputs = lay_out(plan, self._kv, self._workspace)
         # Without a draw the model still computes one row: it has no way to compute none.
-        keep = torch.tensor(ends or [0], device=tokens.device)
+        ends = inputs.ends[plan.draw_rows] if plan.draws else inputs.ends[:1]
         out = self._model.module(
-            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep, paged_batch=batch
+            input_ids=inputs.tokens,
+            position_ids=inputs.positions,
+            use_cache=False,
+            logits_to_keep=torch.from_numpy(ends).to(self._kv.device),
+            paged_batch=inputs.batch,
         )
-        return out.logits[0, : len(ends)]
+        return out.logits[0, : len(plan.draws)]
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[int | None]:
-        """The next token of each row, None where the row has no draw. Raises Internal when the model gives NaN."""
+    def execute(self, plan: StepPlan) -> Sampled:
+        """What each draw chose. Raises Internal when the model gives NaN."""
         logits = self.logits(plan)
         if logits.isnan().any():
             raise Internal("the model's logits are not numbers: it overflows in this dtype, or its weights are broken")
-        draws = [row.draw for row in plan.rows if row.draw is not None]
-        chosen = iter(sample(logits, draws) if draws else [])
-        return [None if row.draw is None else next(chosen) for row in plan.rows]
+        return self._sampler.sample(logits, plan.draws)

@@ -11,9 +11,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kvferry.kernels.reference import RowSpan, causal_mask
+from kvferry.kernels.reference import Ragged, causal_mask
 
 GROUP_BYTES = 2**22  # gathered at once: fits in a core's share of cache
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    start: int
+    length: int
+    context: int
+    block_table: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +37,14 @@ class Group:
 class CpuAttention:
     """One step's attention over `pool[num_blocks, kv_heads, layers, 2, block_size, head_dim]`, contiguous."""
 
-    def __init__(self, pool: torch.Tensor, workspace: "Workspace", rows: list[RowSpan], slot_mapping: torch.Tensor):
+    def __init__(self, pool: torch.Tensor, workspace: "Workspace", ragged: Ragged, slot_mapping: torch.Tensor):
         _, self._kv_heads, self._layers, _, self._block_size, self._head_dim = pool.shape
         self._tiles = pool.view(-1, self._block_size * self._head_dim)
         self._vectors = pool.view(-1, self._head_dim)
         self._workspace = workspace
         self._heads = torch.arange(self._kv_heads)
+        spans = ragged.rows(self._block_size)
+        rows = [RowSpan(p.start, p.stop - p.start, context, blocks) for p, context, blocks in spans]
         self._groups = [self._group(some) for some in self._split(rows)]
         block, offset = slot_mapping // self._block_size, slot_mapping % self._block_size
         first_tile = (block[:, None] * self._kv_heads + self._heads) * self._layers * 2  # [T, kv_heads]
