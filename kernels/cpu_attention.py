@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kvferry.kernels.reference import Ragged, causal_mask
+from kvferry.kernels.reference import Ragged, extend_attention, visible
 
 GROUP_BYTES = 2**22  # gathered at once: fits in a core's share of cache
 
@@ -39,6 +39,7 @@ class CpuAttention:
 
     def __init__(self, pool: torch.Tensor, workspace: "Workspace", ragged: Ragged, slot_mapping: torch.Tensor):
         _, self._kv_heads, self._layers, _, self._block_size, self._head_dim = pool.shape
+        self._pool, self._ragged = pool, ragged
         self._tiles = pool.view(-1, self._block_size * self._head_dim)
         self._vectors = pool.view(-1, self._head_dim)
         self._workspace = workspace
@@ -78,8 +79,18 @@ class CpuAttention:
         self._vectors.index_copy_(0, slots, key.reshape(-1, self._head_dim))
         self._vectors.index_copy_(0, slots + self._block_size, value.reshape(-1, self._head_dim))
 
-    def attend(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """`query[T, H, head_dim]` -> the same shape: each token over its row's context up to itself."""
+        if window is not None or softcap is not None or sinks is not None:
+            return extend_attention(query, self._pool, layer, self._ragged, scale, window, softcap, sinks)
         out = torch.empty_like(query)
         grouped = query.unflatten(1, (self._kv_heads, -1))
         for group in self._groups:
@@ -138,7 +149,7 @@ def attend_extend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     if length == context:
         attended = F.scaled_dot_product_attention(heads_first, keys, values, is_causal=True, scale=scale)
     else:
-        mask = causal_mask(length, context, query.device)
+        mask = visible(length, context, None, query.device)
         attended = F.scaled_dot_product_attention(heads_first, keys, values, attn_mask=mask, scale=scale)
     return attended.permute(2, 0, 1, 3).flatten(1, 2)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,44 +44,64 @@ def kv_write(
     pool[block, :, layer, 1, offset] = value
 
 
-def gather_kv(
-    pool: torch.Tensor, layer: int, blocks: torch.Tensor, context: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row's keys and values as `[kv_heads, context, head_dim]` each, copied out of its blocks."""
+def gather_kv(pool: torch.Tensor, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of some blocks in a row, `[kv_heads, len(blocks) * block_size, head_dim]` each, copied out."""
     pages = pool[:, :, layer].index_select(0, blocks)  # [blocks, kv_heads, 2, block_size, head_dim]
     heads_first = pages.permute(2, 1, 0, 3, 4).flatten(2, 3)  # [2, kv_heads, blocks * block_size, head_dim]
-    return heads_first[0, :, :context], heads_first[1, :, :context]
+    return heads_first[0], heads_first[1]
 
 
 def extend_attention(
-    query: torch.Tensor, pool: torch.Tensor, layer: int, ragged: Ragged, scale: float
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    ragged: Ragged,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a ragged batch over its paged context. `query[T, H, head_dim]` -> the same shape.
 
-    Prefill, a chunk after a prefix, and a decode step (length 1) are all this one.
+    Prefill, a chunk after a prefix, and a decode step (length 1) are all this one. With `window`, the token at position
+    i sees only positions j with `0 <= i - j < window`; blocks that no token of a row sees are not read. With `softcap`,
+    a score s becomes `softcap * tanh(s / softcap)` after scaling (Gemma 2). `sinks[H]` is one more logit a head in the
+    softmax, to which no value belongs (GPT-OSS). Scores and sums are at least fp32.
     """
     out = torch.empty_like(query)
-    kv_heads = pool.shape[1]
-    for place, context, blocks in ragged.rows(pool.shape[4]):
-        key, value = gather_kv(pool, layer, blocks, context)
+    kv_heads, block_size = pool.shape[1], pool.shape[4]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    for place, context, blocks in ragged.rows(block_size):
         length = place.stop - place.start
+        skipped = first_seen(context - length, window) // block_size  # blocks
+        key, value = (
+            kv[:, : context - skipped * block_size].to(wide) for kv in gather_kv(pool, layer, blocks[skipped:])
+        )
         # [kv_heads, group, length, head_dim]: the query heads of one KV head together.
-        grouped = query[place].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-        if length == 1:
-            # One token sees its whole context: no mask, and its group takes the place of the length.
-            attended = F.scaled_dot_product_attention(grouped.squeeze(2), key, value, scale=scale).unsqueeze(2)
-        else:
-            shape = (kv_heads, grouped.shape[1], context, key.shape[-1])
-            key, value = key.unsqueeze(1).expand(shape), value.unsqueeze(1).expand(shape)
-            mask = causal_mask(length, context, query.device)
-            attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
-        out[place] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+        grouped = query[place].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).to(wide)
+        scores = torch.matmul(grouped, key.unsqueeze(1).transpose(-1, -2)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores.masked_fill_(~visible(length, key.shape[1], window, query.device), -torch.inf)
+        if sinks is not None:
+            column = sinks.to(wide).view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, column], dim=-1)
+        weights = scores.softmax(-1)[..., : key.shape[1]]
+        attended = torch.matmul(weights, value.unsqueeze(1))
+        out[place] = attended.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
     return out
 
 
-def causal_mask(length: int, context: int, device: torch.device) -> torch.Tensor:
-    """bool `[length, context]`: the last `length` positions of `context`, each seeing itself and what is before."""
-    return torch.ones(length, context, dtype=torch.bool, device=device).tril(context - length)
+def first_seen(position: int, window: int | None) -> int:
+    """The first position that the token at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def visible(length: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool `[length, context]`: the last `length` of `context` positions, each seeing itself and the `window - 1`
+    positions before it, or all."""
+    seen = torch.ones(length, context, dtype=torch.bool, device=device).tril(context - length)
+    return seen if window is None else seen.triu(context - length - window + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +115,16 @@ class ReferenceAttention:
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         kv_write(self.pool, layer, self.slot_mapping, key, value)
 
-    def attend(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
-        return extend_attention(query, self.pool, layer, self.ragged, scale)
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return extend_attention(query, self.pool, layer, self.ragged, scale, window, softcap, sinks)
 
 
 def copy_blocks(pool: torch.Tensor, pairs: torch.Tensor) -> None:

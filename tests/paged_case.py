@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from hypothesis import strategies as st
 
-from kvferry.kernels.reference import RowSpan, kv_write
+from kvferry.kernels.reference import Ragged, first_seen, kv_write
 
-LAYERS = 2
+LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -19,63 +20,97 @@ class Case:
     block_size: int
     rows: tuple[tuple[int, int], ...]  # cached, new
     seed: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
 
-CASES = st.builds(
-    Case,
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 4]),
-    head_dim=st.sampled_from([1, 4, 5, 16]),
-    block_size=st.sampled_from([1, 2, 4, 16]),
-    rows=st.lists(st.tuples(st.integers(0, 35), st.integers(1, 20)), min_size=1, max_size=4).map(tuple),
-    seed=st.integers(0, 2**16),
-)
+def cases(new: st.SearchStrategy[int], most_rows: int = 4) -> st.SearchStrategy[Case]:
+    return st.builds(
+        Case,
+        kv_heads=st.integers(1, 3),
+        group=st.sampled_from([1, 2, 3, 4]),
+        head_dim=st.sampled_from([1, 4, 5, 16]),
+        block_size=st.sampled_from([1, 2, 4, 16]),
+        rows=st.lists(st.tuples(st.integers(0, 35), new), min_size=1, max_size=most_rows).map(tuple),
+        seed=st.integers(0, 2**16),
+        window=st.sampled_from([None, None, 1, 3, 16, 40]),
+        softcap=st.sampled_from([None, None, 0.5, 20.0]),
+        sinks=st.booleans(),
+    )
+
+
+CASES = cases(st.integers(1, 20))
+DECODE_CASES = cases(st.just(1), most_rows=9)
 
 
 class Paged:
-    """A case's keys and values, dense and in a pool that holds NaN elsewhere; blocks in random order."""
+    """A case's keys and values, dense and in a pool that holds NaN in every other slot; blocks in random order. Table
+    entries after a row's own blocks name a block of nothing but NaN."""
 
     def __init__(self, case: Case, layer: int):
         self.case, self.layer = case, layer
         self.generator = torch.Generator().manual_seed(case.seed)
-        contexts = [cached + new for cached, new in case.rows]
-        pages = [-(-context // case.block_size) for context in contexts]
+        self.contexts = [cached + new for cached, new in case.rows]
+        self.lengths = [new for _, new in case.rows]
+        pages = [-(-context // case.block_size) for context in self.contexts]
         shape = (sum(pages) + 2, case.kv_heads, LAYERS, 2, case.block_size, case.head_dim)
         self.pool = torch.full(shape, float("nan"), dtype=torch.float64)
         order = torch.randperm(len(self.pool), generator=self.generator)
         self.tables = list(order[: sum(pages)].split(pages))
-        self.keys = [self.random(context, case.kv_heads) for context in contexts]
-        self.values = [self.random(context, case.kv_heads) for context in contexts]
-        starts = [sum(new for _, new in case.rows[:i]) for i in range(len(case.rows))]
-        self.rows = [
-            RowSpan(start, new, cached + new, table)
-            for start, (cached, new), table in zip(starts, case.rows, self.tables, strict=True)
-        ]
-        self.query = self.random(sum(new for _, new in case.rows), case.kv_heads * case.group)
+        padded = order[-1].repeat(len(pages), max(pages) + 2)
+        for row, table in zip(padded, self.tables, strict=True):
+            row[: len(table)] = table
+        self.keys = [self.random(context, case.kv_heads) for context in self.contexts]
+        self.values = [self.random(context, case.kv_heads) for context in self.contexts]
+        self.starts = [0, *accumulate(self.lengths)][:-1]
+        self.ragged = Ragged(*(torch.tensor(x) for x in (self.starts, self.lengths, self.contexts)), padded)
+        heads = case.kv_heads * case.group
+        self.query = self.random(sum(self.lengths), heads)
+        self.sinks = self.random(1, heads)[0, :, 0] if case.sinks else None
 
     def random(self, tokens: int, heads: int) -> torch.Tensor:
         shape = (tokens, heads, self.case.head_dim)
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
-    def slots(self, row: int) -> torch.Tensor:
-        positions = torch.arange(len(self.keys[row]))
+    def slots(self) -> torch.Tensor:
+        """Where the tokens of all rows belong, from position 0 on, rows end to end."""
         size = self.case.block_size
-        return self.tables[row][positions // size] * size + positions % size
+        per_row = []
+        for context, table in zip(self.contexts, self.tables, strict=True):
+            positions = torch.arange(context)
+            per_row.append(table[positions // size] * size + positions % size)
+        return torch.cat(per_row)
 
     def write(self) -> None:
-        """All sequences at once, in one ragged call."""
-        slots = torch.cat([self.slots(i) for i in range(len(self.rows))])
-        kv_write(self.pool, self.layer, slots, torch.cat(self.keys), torch.cat(self.values))
+        """All sequences at once, in one ragged call; then what no token of a windowed row can see is lost again."""
+        kv_write(self.pool, self.layer, self.slots(), torch.cat(self.keys), torch.cat(self.values))
+        self.lose_what_is_not_seen()
+
+    def lose_what_is_not_seen(self) -> None:
+        for (cached, _), table in zip(self.case.rows, self.tables, strict=True):
+            self.pool[table[: first_seen(cached, self.case.window) // self.case.block_size]] = float("nan")
+
+    def told(self) -> tuple[int | None, float | None, torch.Tensor | None]:
+        """The last arguments of an attention call."""
+        return self.case.window, self.case.softcap, self.sinks
 
     def attended(self, scale: float) -> torch.Tensor:
         """softmax(q k^T scale) v over the tokens up to and with each one's own position."""
         out = torch.empty_like(self.query)
-        for i, row in enumerate(self.rows):
-            for token in range(row.length):
-                seen = row.context - row.length + token + 1
+        for i, (cached, new) in enumerate(self.case.rows):
+            for token in range(new):
+                last = cached + token
+                seen = slice(first_seen(last, self.case.window), last + 1)
                 for head in range(self.query.shape[1]):
-                    key, value = (kv[i][:seen, head // self.case.group] for kv in (self.keys, self.values))
-                    weights = [math.exp(w) for w in (key @ self.query[row.start + token, head] * scale).tolist()]
-                    weights = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-                    out[row.start + token, head] = weights @ value
+                    key, value = (kv[i][seen, head // self.case.group] for kv in (self.keys, self.values))
+                    weights = [
+                        self.weight(s) for s in (key @ self.query[self.starts[i] + token, head] * scale).tolist()
+                    ]
+                    total = sum(weights) + (math.exp(self.sinks[head]) if self.sinks is not None else 0)
+                    out[self.starts[i] + token, head] = torch.tensor(weights, dtype=torch.float64) / total @ value
         return out
+
+    def weight(self, score: float) -> float:
+        cap = self.case.softcap
+        return math.exp(score if cap is None else cap * math.tanh(score / cap))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_case import CASES, LAYERS, Case, Paged
+from paged_case import CASES, DECODE_CASES, LAYERS, Case, Paged
 from transformers.pytorch_utils import Conv1D
 
 from kvferry.kernels import cpu_attention
@@ -16,36 +16,37 @@ CPU = torch.device("cpu")
 
 
 def on_cpu(paged: Paged, dtype: torch.dtype, workspace: Workspace) -> CpuAttention:
-    """A step that writes the whole of every sequence and attends from its last tokens."""
-    slots = torch.cat([paged.slots(i) for i in range(len(paged.rows))])
+    """A step that has written the whole of every sequence and attends from its last tokens."""
     paged.pool = paged.pool.to(dtype)
-    return CpuAttention(paged.pool, workspace, paged.rows, slots)
+    attention = CpuAttention(paged.pool, workspace, paged.ragged, paged.slots())
+    attention.write(paged.layer, torch.cat(paged.keys).to(dtype), torch.cat(paged.values).to(dtype))
+    return attention
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=CASES, layer=st.integers(0, LAYERS - 1), decode=st.booleans(), group_bytes=st.sampled_from([1, 500, 2**20]))
-def test_attention_is_the_sum_written_out(case, layer, decode, group_bytes):
-    if decode:  # one new token a row, the first two rows of equal length
-        case = Case(case.kv_heads, case.group, case.head_dim, case.block_size,
-                    (*((cached, 1) for cached, _ in case.rows), (case.rows[0][0], 1)), case.seed)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+@given(
+    case=st.one_of(CASES, DECODE_CASES),
+    layer=st.integers(0, LAYERS - 1),
+    group_bytes=st.sampled_from([1, 500, 2**20]),
+)
+def test_attention_is_the_sum_written_out(case, layer, group_bytes):
     paged = Paged(case, layer)
     before, cpu_attention.GROUP_BYTES = cpu_attention.GROUP_BYTES, group_bytes
     try:
         attention = on_cpu(paged, torch.float32, Workspace())
     finally:
         cpu_attention.GROUP_BYTES = before
-    attention.write(layer, torch.cat(paged.keys).float(), torch.cat(paged.values).float())
-    got = attention.attend(layer, paged.query.float(), 0.3)
+    assert (~paged.pool.isnan()).sum() == 2 * case.kv_heads * case.head_dim * sum(paged.contexts)
+    paged.lose_what_is_not_seen()
+    got = attention.attend(layer, paged.query.float(), 0.3, *paged.told())
     torch.testing.assert_close(got.double(), paged.attended(0.3), rtol=1e-4, atol=1e-5)
-    assert (~paged.pool.isnan()).sum() == 2 * case.kv_heads * case.head_dim * sum(r.context for r in paged.rows)
 
 
 def test_bfloat16_is_as_good_as_its_twin():
     paged = Paged(Case(2, 2, 16, 4, ((0, 9), (20, 1), (13, 6), (20, 1)), seed=3), 0)
     attention = on_cpu(paged, torch.bfloat16, Workspace())
-    attention.write(0, torch.cat(paged.keys).bfloat16(), torch.cat(paged.values).bfloat16())
     query = paged.query.bfloat16()
-    twin = extend_attention(query, paged.pool, 0, paged.rows, 0.25)
+    twin = extend_attention(query, paged.pool, 0, paged.ragged, 0.25)
     torch.testing.assert_close(attention.attend(0, query, 0.25), twin, rtol=3e-2, atol=3e-2)
 
 
