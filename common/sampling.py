@@ -31,3 +31,13 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token's natural log probability by the model's own logits, before any parameter; its rank among all tokens
+    (0 is the likeliest, ties by id), and the likeliest tokens as (id, log probability), best first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()

@@ -1,11 +1,12 @@
 """What crosses from the scheduler to the runner: plain data, no queues, and nothing that a step in flight could see
 change."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvferry.common.sampling import SamplingParams
+from kvferry.common.sampling import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +33,17 @@ class Draw:
         return len(self.token_ids) - self.prompt_len
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Tell the log probabilities of known tokens: of `token_ids[i]` by the logits after token `first + i` of row `row`,
+    each with the `top` likeliest tokens beside it."""
+
+    row: int
+    first: int
+    token_ids: list[int]
+    top: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """One forward of the model: R rows, at most one a sequence, T tokens in all. Integer arrays are int64.
@@ -39,7 +51,7 @@ class StepPlan:
     Row r computes the next `lengths[r]` of `token_ids [T]`, at positions from `positions[r]` on, of the sequence
     `seq_ids[r]`. Its KV lies in the blocks `tables[r]`, which cover every position up to the last new one; entries
     after those mean nothing. `draws[i]` chooses a token after the last one of row `draw_rows[i]`; a row may have none,
-    or several. Before anything is written, block `copies[i, 0]` is copied to `copies[i, 1]`.
+    or several. Before anything is written, block `copies[i, 0]` is copied to `copies[i, 1]`. `scores` are prompt tokens to score.
     """
 
     seq_ids: list[int]
@@ -50,7 +62,18 @@ class StepPlan:
     draw_rows: np.ndarray
     draws: list[Draw]
     copies: np.ndarray
+    scores: Sequence[Score] = ()
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step gave: for each draw a token, and what is told of it where that was asked for (`logprobs` is None when
+    nobody asked); for each score, what is told of its tokens."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: Sequence[list[TokenLogprobs]] = ()
