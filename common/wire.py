@@ -11,7 +11,7 @@ from kvferry.common.block import BlockLayout
 from kvferry.common.errors import Internal, KvferryError, Unavailable, error_from_grpc, outcome_of
 from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.sampling import SamplingParams
+from kvferry.common.sampling import SamplingParams, TokenLogprobs
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 CHANNEL_OPTIONS = (
@@ -41,16 +41,42 @@ def layout_from_wire(layout: pb.Layout) -> BlockLayout:
 
 
 def sampling_to_wire(params: SamplingParams) -> pb.Sampling:
-    return pb.Sampling(**{name: getattr(params, name) for name in params.__slots__})
+    values = {name: getattr(params, name) for name in params.__slots__}
+    values["logit_bias"] = [pb.TokenBias(token_id=token, bias=bias) for token, bias in params.logit_bias]
+    values["bad_words"] = [pb.BadWord(token_ids=word) for word in params.bad_words]
+    return pb.Sampling(**values)
 
 
 def sampling_from_wire(sampling: pb.Sampling) -> SamplingParams:
     values = {name: getattr(sampling, name) for name in SamplingParams.__slots__}
-    return SamplingParams(**{**values, "stop_token_ids": tuple(sampling.stop_token_ids)})
+    values["logit_bias"] = tuple((one.token_id, one.bias) for one in sampling.logit_bias)
+    values["bad_words"] = tuple(tuple(word.token_ids) for word in sampling.bad_words)
+    values["stop_token_ids"] = tuple(sampling.stop_token_ids)
+    for name in ("logprobs", "prompt_logprobs"):
+        values[name] = values[name] if sampling.HasField(name) else None
+    for name in ("repetition_penalty", "n"):  # proto3 has no default but 0
+        values[name] = values[name] or 1
+    return SamplingParams(**values)
+
+
+def logprobs_to_wire(told: TokenLogprobs) -> pb.TokenLogprobs:
+    """Log probabilities are float32 on the wire, as they are where they come from."""
+    top_ids, top_logprobs = zip(*told.top, strict=True) if told.top else ((), ())
+    return pb.TokenLogprobs(logprob=told.logprob, rank=told.rank, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def logprobs_from_wire(told: pb.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(told.logprob, told.rank, tuple(zip(told.top_ids, told.top_logprobs, strict=True)))
 
 
 def sequence_to_wire(
-    request_id: str, scope: CacheScope, token_ids: list[int], prompt_len: int, params: SamplingParams
+    request_id: str,
+    scope: CacheScope,
+    token_ids: list[int],
+    prompt_len: int,
+    params: SamplingParams,
+    priority: int = 0,
+    weight: float = 1.0,
 ) -> pb.Sequence:
     return pb.Sequence(
         request_id=request_id,
@@ -60,6 +86,8 @@ def sequence_to_wire(
         token_ids=token_ids,
         prompt_len=prompt_len,
         sampling=sampling_to_wire(params),
+        priority=priority,
+        weight=weight,
     )
 
 

@@ -13,12 +13,14 @@ from kvferry.common.block import DTYPE_BYTES, BlockLayout
 from kvferry.common.errors import OUTCOMES, Internal, InvalidRequest, Unavailable, outcome_of
 from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.sampling import SamplingParams
+from kvferry.common.sampling import SamplingParams, TokenLogprobs
 from kvferry.common.wire import (
     answers_errors,
     first_command,
     layout_from_wire,
     layout_to_wire,
+    logprobs_from_wire,
+    logprobs_to_wire,
     sampling_from_wire,
     sampling_to_wire,
     scope_from_wire,
@@ -38,6 +40,19 @@ SAMPLING = st.builds(
     min_tokens=U32,
     ignore_eos=st.booleans(),
     stop_token_ids=st.lists(U32, max_size=4).map(tuple),
+    min_p=st.floats(0, 1),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0.01, 100),
+    logit_bias=st.lists(st.tuples(U32, st.floats(-100, 100)), max_size=3).map(tuple),
+    bad_words=st.lists(st.lists(U32, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
+    n=st.integers(1, 2**32 - 1),
+    logprobs=st.none() | U32,
+    prompt_logprobs=st.none() | U32,
+)
+LOGPROB = st.floats(max_value=0, width=32)
+LOGPROBS = st.builds(
+    TokenLogprobs, logprob=LOGPROB, rank=U32, top=st.lists(st.tuples(U32, LOGPROB), max_size=3).map(tuple)
 )
 LAYOUTS = st.builds(
     BlockLayout,
@@ -60,6 +75,42 @@ def test_no_field_of_sampling_is_forgotten():
     assert fields == {field.name for field in pb.Sampling.DESCRIPTOR.fields}
 
 
+def test_a_sender_of_fewer_fields_means_their_defaults():
+    got = sampling_from_wire(pb.Sampling(max_tokens=16, temperature=1, top_p=1))
+    assert got == SamplingParams()
+
+
+@pytest.mark.parametrize("count", [None, 0, 3])
+def test_none_logprobs_is_not_zero_logprobs(count):
+    params = SamplingParams(logprobs=count, prompt_logprobs=count)
+    got = sampling_from_wire(pb.Sampling.FromString(sampling_to_wire(params).SerializeToString()))
+    assert (got.logprobs, got.prompt_logprobs) == (count, count)
+
+
+@given(LOGPROBS)
+def test_logprobs(told):
+    assert logprobs_from_wire(pb.TokenLogprobs.FromString(logprobs_to_wire(told).SerializeToString())) == told
+
+
+@given(told=st.lists(LOGPROBS, max_size=3), token=U32, choice=U32)
+def test_messages_that_carry_logprobs(told, token, choice):
+    """What each of them says comes back; what it does not say is empty, not zero."""
+    wired = [logprobs_to_wire(one) for one in told]
+    first = pb.FirstToken(token_id=token, finish_reason="stop", logprobs=wired[0] if wired else None)
+    for kind in (pb.FillReport, pb.FillProgress):
+        got = kind.FromString(kind(first_tokens=[first, pb.FirstToken()]).SerializeToString()).first_tokens
+        assert (got[0].token_id, got[0].finish_reason, len(got)) == (token, "stop", 2)
+        assert [logprobs_from_wire(got[0].logprobs)] == told[:1] if told else not got[0].HasField("logprobs")
+        assert not got[1].HasField("logprobs")
+    tokens = pb.Tokens.FromString(pb.Tokens(token_ids=[token], choice=choice, logprobs=wired).SerializeToString())
+    assert (list(tokens.token_ids), tokens.choice) == ([token], choice)
+    assert [logprobs_from_wire(one) for one in tokens.logprobs] == told
+    event = pb.ContinueEvent(prompt_logprobs=pb.PromptLogprobs(tokens=wired))
+    event = pb.ContinueEvent.FromString(event.SerializeToString())
+    assert event.WhichOneof("event") == "prompt_logprobs"
+    assert [logprobs_from_wire(one) for one in event.prompt_logprobs.tokens] == told
+
+
 @given(LAYOUTS)
 def test_layout(layout):
     assert layout_from_wire(pb.Layout.FromString(layout_to_wire(layout).SerializeToString())) == layout
@@ -72,12 +123,15 @@ def test_layout(layout):
     layout=LAYOUTS,
     tokens=st.lists(U32, min_size=1, max_size=40),
     params=SAMPLING,
+    priority=st.integers(-(2**31), 2**31 - 1),
+    weight=st.floats(0.01, 1e6),
 )
-def test_a_worker_names_blocks_as_the_router_does(keys, fingerprint, salt, layout, tokens, params):
+def test_a_worker_names_blocks_as_the_router_does(keys, fingerprint, salt, layout, tokens, params, priority, weight):
     scope = CacheScope(keys, fingerprint, layout, salt)
-    sent = sequence_to_wire("id", scope, tokens, len(tokens), params).SerializeToString()
+    sent = sequence_to_wire("id", scope, tokens, len(tokens), params, priority, weight).SerializeToString()
     got = pb.Sequence.FromString(sent)
     assert (got.request_id, list(got.token_ids), got.prompt_len) == ("id", tokens, len(tokens))
+    assert (got.priority, got.weight) == (priority, weight)
     assert sampling_from_wire(got.sampling) == params
     assert scope_from_wire(got, layout) == scope
     assert scope_from_wire(got, layout).chain(tokens) == scope.chain(tokens)
