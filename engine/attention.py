@@ -22,17 +22,26 @@ class PagedAttention(Protocol):
         """Store the new tokens' keys and values, `[T, kv_heads, head_dim]` each."""
         ...
 
-    def attend(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
-        """`query[T, H, head_dim]` -> the same shape: causal over each row's context, which has been written."""
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`query[T, H, head_dim]` -> the same shape: causal over each row's context, which has been written; of it the
+        last `window` positions, if set. `softcap` bounds the scores, `sinks[H]` take part in the softmax."""
         ...
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """A step's attention. `calls` counts the layers that asked, so that a model which attends on its own is noticed."""
+    """A step's attention, as it travels through the model."""
 
     attention: PagedAttention
-    calls: int = 0
 
 
 def paged_attention(
@@ -52,19 +61,19 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """`query [1, H, T, head_dim]`, `key`, `value [1, kv_heads, T, head_dim]` -> `[1, T, H, head_dim]`.
 
-    Raises IncompatibleNode for what this attention cannot do.
+    There is no mask: transformers makes none for an attention that its mask registry does not know. `self_check` has
+    seen to it, when the model was loaded, that the mask it would make is the one attended by here, and that nothing
+    among the ignored keywords matters. Raises IncompatibleNode for a mask that comes all the same.
     """
     if attention_mask is not None:
         raise IncompatibleNode("the model brings an attention mask of its own; paged attention is causal only")
-    if sliding_window is not None or softcap is not None or s_aux is not None:
-        raise IncompatibleNode("sliding windows, softcapped logits and attention sinks are not supported yet")
-    if key.shape != value.shape:
-        raise IncompatibleNode(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
-    batch, layer = paged_batch, module.layer_idx
-    batch.calls += 1
-    batch.attention.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    attention, layer = paged_batch.attention, module.layer_idx
+    attention.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return batch.attention.attend(layer, query[0].transpose(0, 1), scale)[None], None
+    attended = attention.attend(
+        layer, query[0].transpose(0, 1), scale, window=sliding_window, softcap=softcap, sinks=s_aux
+    )
+    return attended[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
