@@ -51,7 +51,8 @@ class StepPlan:
     Row r computes the next `lengths[r]` of `token_ids [T]`, at positions from `positions[r]` on, of the sequence
     `seq_ids[r]`. Its KV lies in the blocks `tables[r]`, which cover every position up to the last new one; entries
     after those mean nothing. `draws[i]` chooses a token after the last one of row `draw_rows[i]`; a row may have none,
-    or several. Before anything is written, block `copies[i, 0]` is copied to `copies[i, 1]`. `scores` are prompt tokens to score.
+    or several. Before anything is written, block `copies[i, 0]` is copied to `copies[i, 1]`. `scores` are tokens to
+    score.
     """
 
     seq_ids: list[int]

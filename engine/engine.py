@@ -3,10 +3,9 @@ forward runs beside it, on a thread of its own, over a plan that is plain data.
 """
 
 import asyncio
-import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,34 +13,28 @@ from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, Internal, InvalidRequest, KvferryError, Unavailable
 from kvferry.common.hashing import CacheScope
 from kvferry.common.sampling import SamplingParams
-from kvferry.engine.batch import StepPlan
+from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.kv_memory import KvMemory
 from kvferry.engine.model import LoadedModel
 from kvferry.engine.page_pool import PagePool
 from kvferry.engine.runner import Runner
 from kvferry.engine.scheduler import Scheduler
-from kvferry.engine.sequence import Sequence, Status
+from kvferry.engine.sequence import Sequence, Status, TokenEvent
 
 log = logging.getLogger(__name__)
 
 Restore = Callable[[Sequence], Awaitable[None]]
+Sink = Callable[[TokenEvent], None]
 RATE_MEMORY = 0.8  # weight of the past in the measured prefill rate
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step did for one sequence. `token` is its next token, if the step chose one."""
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One request in the engine: its sequences that are not finished, and who is told what steps do for them."""
 
-    num_computed: int
-    token: int | None
-    finish_reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Admitted:
-    """The sequence has its blocks, for the `admission`-th time."""
-
-    admission: int
+    sink: Sink
+    members: dict[int, Sequence]
+    calls: asyncio.Queue[tuple[Sequence, int] | KvferryError | None]  # admitted for the nth time; failed; finished
 
 
 class Engine:
@@ -57,8 +50,8 @@ class Engine:
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)
         self.prefill_tokens_per_s = 0.0
         self._runner = Runner(model, self.memory.tensor)
-        self._ids = itertools.count(1)
-        self._events: dict[int, asyncio.Queue[Step | _Admitted | KvferryError]] = {}
+        self._next_id = 1
+        self._streams: dict[int, Stream] = {}  # by the sequences' group
         self._wake = asyncio.Event()
         self._stopping = False
         self._changed: list[Callable[[], None]] = []
@@ -78,22 +71,23 @@ class Engine:
         prompt_len: int,
         params: SamplingParams,
         limit: int,
+        *,
+        priority: int = 0,
+        weight: float = 1.0,
     ) -> Sequence:
         """A sequence that this engine can generate from. Raises InvalidRequest with one sentence for what cannot be."""
-        vocab, longest = self.model.vocab_size, self.model.max_model_len
+        longest = self.model.max_model_len
         if not token_ids:
             raise InvalidRequest("the prompt is empty; send at least one token", "prompt")
         if not 0 < prompt_len <= len(token_ids):
             raise InvalidRequest(f"{prompt_len} prompt tokens of {len(token_ids)} in all cannot be")
-        if min(token_ids) < 0 or max(token_ids) >= vocab:
-            raise InvalidRequest(f"a token id is outside the model's vocabulary of {vocab}", "prompt")
-        if any(not 0 <= token < vocab for token in params.stop_token_ids):
-            raise InvalidRequest(f"a stop token id is outside the model's vocabulary of {vocab}", "stop_token_ids")
         if len(token_ids) >= longest:
             raise InvalidRequest(f"the prompt has {len(token_ids)} tokens; this model takes {longest - 1}", "prompt")
+        self._check_token_ids(token_ids, params)
         ends = () if params.ignore_eos else self.model.eos_token_ids
+        first_id, self._next_id = self._next_id, self._next_id + params.n
         return Sequence(
-            id=next(self._ids),
+            id=first_id,
             request_id=request_id,
             scope=scope,
             token_ids=list(token_ids),
@@ -102,38 +96,48 @@ class Engine:
             stop_ids=tuple(dict.fromkeys((*ends, *params.stop_token_ids))),
             limit=limit,
             max_model_len=longest,
+            priority=priority,
+            weight=weight,
         )
 
-    async def generate(self, seq: Sequence, restore: Restore) -> AsyncIterator[Step]:
-        """Run one sequence to its end and yield what each step did.
+    def _check_token_ids(self, token_ids: list[int], params: SamplingParams) -> None:
+        vocab = self.model.vocab_size
+        named = {
+            "prompt": token_ids,
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias": [token for token, _ in params.logit_bias],
+            "bad_words": [token for word in params.bad_words for token in word],
+        }
+        for field, ids in named.items():
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                raise InvalidRequest(f"a token id of {field} is outside the model's vocabulary of {vocab}", field)
+
+    async def generate(self, seq: Sequence, restore: Restore, sink: Sink) -> None:
+        """Run one sequence, and those it forks into, to their ends; `sink` is told at once what each step did for them.
 
         `restore(seq)` is awaited after every admission (the first, and each after a preemption): it pulls what it can
-        into `seq.block_table` and may append tokens that became known. Closing the iterator frees everything at once.
+        into `seq.block_table` and may append tokens that became known. Cancelling frees everything at once. Raises
+        what ended it early. A sink must not raise.
         """
-        events: asyncio.Queue[Step | _Admitted | KvferryError] = asyncio.Queue()
         if self._stopping:
             raise Unavailable("this node is shutting down")
         self.scheduler.add(seq)
-        self._events[seq.id] = events
+        stream = self._streams[seq.group] = Stream(sink, {seq.id: seq}, asyncio.Queue())
         try:
             self._admit()
-            while True:
-                event = await events.get()
-                if isinstance(event, KvferryError):
-                    raise event
-                if isinstance(event, _Admitted):
-                    if event.admission == seq.admissions:
-                        await restore(seq)
-                    if event.admission == seq.admissions:
-                        self.scheduler.start(seq)
-                        self._wake.set()
-                    continue
-                yield event
-                if event.finish_reason or seq.generated_here >= seq.limit:
-                    return
+            while (call := await stream.calls.get()) is not None:
+                if isinstance(call, KvferryError):
+                    raise call
+                member, admission = call
+                if admission == member.admissions:
+                    await restore(member)
+                if admission == member.admissions:
+                    self.scheduler.start(member)
+                    self._wake.set()
         finally:
-            del self._events[seq.id]
-            self.scheduler.withdraw(seq)
+            del self._streams[seq.group]
+            for member in list(stream.members.values()):
+                self.scheduler.withdraw(member)
             self._admit()
 
     def _admit_soon(self) -> None:
@@ -145,7 +149,7 @@ class Engine:
     def _admit(self) -> None:
         self._admitting = False
         for seq in self.scheduler.admit():
-            self._events[seq.id].put_nowait(_Admitted(seq.admissions))
+            self._streams[seq.group].calls.put_nowait((seq, seq.admissions))
         self._tell()
 
     def _tell(self) -> None:
@@ -165,26 +169,38 @@ class Engine:
                 continue
             started = time.perf_counter()
             try:
-                tokens = await loop.run_in_executor(self._thread, self._runner.execute, plan)
+                outcome = await loop.run_in_executor(self._thread, self._runner.execute, plan)
             except Exception:
-                log.exception("a step of %d rows failed", len(plan.rows))
-                self._fail(plan)
+                log.exception("a step of %d rows failed", len(plan.seq_ids))
+                self._fail()
                 continue
             self._measure(plan, time.perf_counter() - started)
-            for seq, token, reason in self.scheduler.finish_step(plan, tokens):
-                self._events[seq.id].put_nowait(Step(seq.num_computed, token, reason))
+            self._take_in(outcome)
             self._admit()
             await asyncio.sleep(0)
 
-    def _fail(self, plan: StepPlan) -> None:
-        for row in plan.rows:
-            if (events := self._events.get(row.seq_id)) is not None:
-                events.put_nowait(Internal("the model failed on this request; the node's log has the cause"))
-        self.scheduler.abandon_step(plan)
+    def _take_in(self, outcome: Outcome) -> None:
+        """Tell the streams what a step did; those whose last sequence has come to its end are over."""
+        for event in self.scheduler.finish_step(outcome):
+            seq = event.seq
+            stream = self._streams[seq.group]
+            stream.members[seq.id] = seq
+            stream.sink(event)
+            if seq.status is Status.FINISHED:
+                self.scheduler.withdraw(seq)
+                stream.members.pop(seq.id, None)
+                if not stream.members:
+                    stream.calls.put_nowait(None)
+
+    def _fail(self) -> None:
+        for seq in self.scheduler.abandon_step():
+            self._streams[seq.group].calls.put_nowait(
+                Internal("the model failed on this request; the node's log has the cause")
+            )
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:
         """Keep the rate of steps that are mostly prefill; what placement reckons with."""
-        if plan.num_tokens >= 4 * len(plan.rows):
+        if plan.num_tokens >= 4 * len(plan.seq_ids):
             rate = plan.num_tokens / seconds
             past = self.prefill_tokens_per_s or rate
             self.prefill_tokens_per_s = RATE_MEMORY * past + (1 - RATE_MEMORY) * rate
@@ -197,6 +213,6 @@ class Engine:
         """End the loop and every stream that is still open."""
         self._stopping = True
         self._wake.set()
-        for events in self._events.values():
-            events.put_nowait(Unavailable("this node is shutting down"))
+        for stream in self._streams.values():
+            stream.calls.put_nowait(Unavailable("this node is shutting down"))
         self._thread.shutdown(wait=False, cancel_futures=True)

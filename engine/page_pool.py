@@ -29,10 +29,11 @@ class PagePool:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int] | None:
-        """Take `count` free blocks, nameless and held once each; None, and nothing taken, if there are fewer."""
+        """Take `count` free blocks, nameless and held once each, in ascending order (runs of neighbours are read faster
+        than scattered blocks); None, and nothing taken, if there are fewer."""
         if count > len(self._free):
             return None
-        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        blocks = sorted(self._free.popitem(last=False)[0] for _ in range(count))
         for block in blocks:
             self._holders[block] = 1
             if (name := self._name_of.pop(block, None)) is not None:
@@ -48,6 +49,10 @@ class PagePool:
                 break
             blocks.append(block)
         return blocks
+
+    def holders(self, block: int) -> int:
+        """How many hold a block."""
+        return self._holders[block]
 
     def free_beside(self, blocks: Sequence[int]) -> int:
         """How many blocks are free that are not among `blocks`."""

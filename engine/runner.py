@@ -1,12 +1,13 @@
 """One step of the model: a plan in, next tokens out. Sees tensors, never queues."""
 
+import numpy as np
 import torch
 
 from kvferry.common.errors import Internal
-from kvferry.engine.batch import StepPlan
+from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.inputs import lay_out
 from kvferry.engine.model import LoadedModel
-from kvferry.engine.sampler import Sampled, Sampler
+from kvferry.engine.sampler import Sampler
 from kvferry.kernels.cpu_attention import Workspace
 from kvferry.kernels.reference import copy_blocks
 
@@ -25,25 +26,37 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """`[D, vocab]`: a row of logits for each draw of the plan, after the last token of its row."""
+        """`[D + S, vocab]`: logits for each draw of the plan, after the last token of its row; then for each token that
+        is to be scored."""
         if len(plan.copies):
             copy_blocks(self._kv, torch.from_numpy(plan.copies))
         inputs = lay_out(plan, self._kv, self._workspace)
-        # Without a draw the model still computes one row: it has no way to compute none.
-        ends = inputs.ends[plan.draw_rows] if plan.draws else inputs.ends[:1]
+        wanted = [inputs.ends[plan.draw_rows]]
+        for score in plan.scores:
+            first = inputs.ends[score.row] + 1 - plan.lengths[score.row] + score.first
+            wanted.append(np.arange(first, first + len(score.token_ids)))
+        at = np.concatenate(wanted)
+        # Where nothing is wanted the model still computes one row: it has no way to compute none.
+        keep = at if len(at) else inputs.ends[:1]
         out = self._model.module(
             input_ids=inputs.tokens,
             position_ids=inputs.positions,
             use_cache=False,
-            logits_to_keep=torch.from_numpy(ends).to(self._kv.device),
+            logits_to_keep=torch.from_numpy(keep).to(self._kv.device),
             paged_batch=inputs.batch,
         )
-        return out.logits[0, : len(plan.draws)]
+        return out.logits[0, : len(at)]
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> Sampled:
-        """What each draw chose. Raises Internal when the model gives NaN."""
+    def execute(self, plan: StepPlan) -> Outcome:
+        """What each draw chose, what each score tells. Raises Internal when the model gives NaN."""
         logits = self.logits(plan)
         if logits.isnan().any():
             raise Internal("the model's logits are not numbers: it overflows in this dtype, or its weights are broken")
-        return self._sampler.sample(logits, plan.draws)
+        drawn = self._sampler.sample(logits[: len(plan.draws)], plan.draws)
+        told, at = [], len(plan.draws)
+        for score in plan.scores:
+            rows = logits[at : at + len(score.token_ids)]
+            told.append(self._sampler.score(rows, score.token_ids, score.top))
+            at += len(rows)
+        return Outcome(drawn.tokens, drawn.logprobs, told)

@@ -1,10 +1,12 @@
 """One token stream's state in the engine."""
 
+import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
 from kvferry.common.hashing import BlockName, CacheScope
-from kvferry.common.sampling import SamplingParams
+from kvferry.common.sampling import SamplingParams, TokenLogprobs
 from kvferry.engine.batch import Draw
 
 
@@ -17,8 +19,8 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Owned by the scheduler from `add` until it is finished or withdrawn; only `token_ids`, `filled` and
-    `num_computed` are also written by who restores it.
+    """Owned by the scheduler from `add` until it is finished or withdrawn; only `token_ids`, `filled`, `first_tokens`
+    and `num_computed` are also written by who restores it.
 
     The tokens of a sequence, and who has computed their KV:
 
@@ -28,6 +30,11 @@ class Sequence:
     `filled` holds the indices of blocks past `num_computed` whose KV is in place already.
     `names[i]` is the name of full block i; `block_table[i]` the pool block for tokens `16 i .. 16 i + 15`.
     `limit`: how many tokens to generate at most here (1 for a fill), besides what the parameters say.
+    Of one tenant's sequences the lower `priority` goes first; `weight` is the tenant's share among tenants.
+
+    With `params.n` > 1 it forks into n sequences of one choice each once its prompt is computed, itself the first;
+    their ids follow its own, and `group` is its id in all of them. `first_tokens`, if set, are (choice, token) pairs
+    that are known, and sent, already: it forks into those.
     """
 
     id: int
@@ -39,6 +46,9 @@ class Sequence:
     stop_ids: tuple[int, ...]
     limit: int
     max_model_len: int
+    priority: int = 0
+    weight: float = 1.0
+    group: int = 0
     names: list[BlockName] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     filled: set[int] = field(default_factory=set)
@@ -49,13 +59,32 @@ class Sequence:
     in_flight: bool = False
     withdrawn: bool = False
     generated_here: int = 0
+    first_tokens: tuple[tuple[int, int], ...] = ()
+    scored: int = 0  # prompt tokens whose log probability has been told, besides the first, which has none
+    shares_tail: bool = False  # its last, partial block may stand in other tables too
+    table_row: int = -1  # in the scheduler's block tables
+    tenant: str = field(init=False)
+    block_size: int = field(init=False)
+    draws: list[Draw] = field(init=False)  # one for each choice
+    stop_len: int = field(init=False)  # at this many tokens it ends, whatever they are
 
     def __post_init__(self) -> None:
+        self.tenant = self.scope.keys.pseudonym
+        self.block_size = self.scope.layout.block_size
+        self.group = self.group or self.id
+        self.stop_len = min(self.prompt_len + self.params.max_tokens, self.max_model_len)
+        self._make_draws()
         self.extend_names()
 
+    def _make_draws(self) -> None:
+        first, n = self.params.choice, self.params.n
+        each = [dataclasses.replace(self.params, choice=c, n=1) for c in range(first, first + n)]
+        self.draws = [Draw(params, self.stop_ids, self.token_ids, self.prompt_len) for params in each]
+
     @property
-    def block_size(self) -> int:
-        return self.scope.layout.block_size
+    def rank(self) -> tuple[int, int]:
+        """Among the sequences of one tenant: the lower goes first."""
+        return (self.priority, self.id)
 
     @property
     def blocks_needed(self) -> int:
@@ -68,8 +97,9 @@ class Sequence:
 
     @property
     def reuse_cap(self) -> int:
-        """How many blocks may be reused: at least one token is left to compute logits from."""
-        return (len(self.token_ids) - 1) // self.block_size
+        """How many blocks may be reused: at least one token is left to compute logits from; none where every prompt
+        token's logits are asked for."""
+        return 0 if self.params.prompt_logprobs is not None else (len(self.token_ids) - 1) // self.block_size
 
     def extend_names(self) -> None:
         """Name the full blocks that have no name yet."""
@@ -80,7 +110,8 @@ class Sequence:
 
     def append(self, token: int) -> None:
         self.token_ids.append(token)
-        self.extend_names()
+        if len(self.token_ids) % self.block_size == 0:
+            self.extend_names()
 
     def fill(self, index: int) -> None:
         """Block `index`, below the reuse cap, has its KV in place; step over it when its turn comes."""
@@ -90,7 +121,7 @@ class Sequence:
     def advance(self, tokens: int) -> None:
         """`tokens` more have been computed; step over the blocks behind them that are in place."""
         self.num_computed += tokens
-        while self.num_computed % self.block_size == 0 and self.blocks_computed in self.filled:
+        while self.filled and self.num_computed % self.block_size == 0 and self.blocks_computed in self.filled:
             self.filled.discard(self.blocks_computed)
             self.num_computed += self.block_size
 
@@ -99,15 +130,50 @@ class Sequence:
         end = min(len(self.token_ids), self.num_computed + budget)
         return min([end, *(i * self.block_size for i in self.filled)])
 
-    def draw(self) -> Draw:
-        """What choosing the next token needs."""
-        return Draw(self.params, len(self.token_ids), len(self.token_ids) - self.prompt_len, self.stop_ids)
+    def to_score(self, end: int) -> list[int]:
+        """The prompt tokens that logits of the positions `scored .. end - 1` speak of."""
+        return self.token_ids[self.scored + 1 : min(end, self.prompt_len - 1) + 1]
+
+    def fork(self, offset: int) -> "Sequence":
+        """A sequence of the choice `offset` further on, that has the same tokens and stands in the same blocks, as far
+        as they are written. Who calls it counts the blocks' new holder."""
+        written = -(-self.num_computed // self.block_size)
+        params = dataclasses.replace(self.params, choice=self.params.choice + offset, n=1)
+        return dataclasses.replace(
+            self,
+            id=self.id + offset,
+            params=params,
+            token_ids=self.token_ids[:],
+            names=self.names[:],
+            block_table=self.block_table[:written],
+            filled=set(),
+            first_tokens=(),
+            table_row=-1,
+        )
+
+    def become(self, offset: int) -> None:
+        """Be one choice from here on."""
+        self.params = dataclasses.replace(self.params, choice=self.params.choice + offset, n=1)
+        self.first_tokens = ()
+        self._make_draws()
 
     def finish_reason(self, token: int) -> str | None:
         """Why `token`, already appended, ends the sequence: "stop", "length", or None."""
         if token in self.stop_ids and len(self.token_ids) - self.prompt_len > self.params.min_tokens:
             return "stop"
-        generated = len(self.token_ids) - self.prompt_len
-        if generated >= self.params.max_tokens or len(self.token_ids) >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if len(self.token_ids) >= self.stop_len else None
+
+
+@dataclass(slots=True)
+class TokenEvent:
+    """What a step did for one sequence: it computed something, and if it chose a token for `choice`, that is `token`.
+
+    `finish_reason` is set with the last token. `prompt_logprobs` are those of the prompt tokens that were scored.
+    """
+
+    seq: Sequence
+    choice: int
+    token: int | None = None
+    finish_reason: str | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: Collection[TokenLogprobs] = ()
