@@ -29,7 +29,7 @@ class PoolMachine(RuleBasedStateMachine):
         if count > len(self.free):
             assert got is None
             return
-        assert got == self.free[:count]
+        assert got == sorted(self.free[:count])
         del self.free[:count]
         for block in got:
             self.names.pop(block, None)

@@ -6,6 +6,7 @@ from kvferry.common.block import BlockLayout
 from kvferry.common.errors import InvalidRequest, Overloaded
 from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.sampling import SamplingParams
+from kvferry.engine.batch import Outcome
 from kvferry.engine.page_pool import PagePool
 from kvferry.engine.scheduler import Scheduler
 from kvferry.engine.sequence import Sequence, Status
@@ -14,10 +15,16 @@ LONGEST = 40
 SCOPE = CacheScope(TenantKeys.from_chain_key(b"k" * 32), b"f", BlockLayout(1, 1, 4, 1, "float32"))
 
 
-def sequence(prompt_len, max_tokens, *, generated=0, limit=None, longest=LONGEST, number=1):
-    params = SamplingParams(max_tokens=max_tokens)
+def sequence(prompt_len, max_tokens, *, generated=0, limit=None, longest=LONGEST, number=1, scope=SCOPE, **more):
+    params = SamplingParams(max_tokens=max_tokens, n=more.pop("n", 1))
     limit = max_tokens if limit is None else limit
-    return Sequence(number, "r", SCOPE, [1] * (prompt_len + generated), prompt_len, params, (), limit, longest)
+    tokens = [1] * (prompt_len + generated)
+    return Sequence(number, "r", scope, tokens, prompt_len, params, (), limit, longest, **more)
+
+
+def finish(scheduler, plan):
+    """Every draw chooses token 2."""
+    return scheduler.finish_step(Outcome([2] * len(plan.draws)))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +53,7 @@ def test_what_can_never_fit_is_refused_and_all_else_runs(seq, fits):
         for admitted in scheduler.admit():
             scheduler.start(admitted)
         if (plan := scheduler.schedule()) is not None:
-            scheduler.finish_step(plan, [2 if row.draw else None for row in plan.rows])
+            finish(scheduler, plan)
         scheduler.check_integrity()
     assert seq.status is Status.FINISHED
     assert scheduler.num_preemptions == 0
@@ -80,11 +87,11 @@ def test_who_is_half_restored_goes_first_and_the_oldest_last():
         scheduler.start(seq)
     while not scheduler.num_preemptions:
         plan = scheduler.schedule()
-        scheduler.finish_step(plan, [2] * len(plan.rows))
+        finish(scheduler, plan)
     assert [seq.status for seq in (old, middle, young)] == [Status.RUNNING, Status.WAITING, Status.RUNNING]
     while scheduler.num_preemptions == 1:
         plan = scheduler.schedule()
-        scheduler.finish_step(plan, [2] * len(plan.rows))
+        finish(scheduler, plan)
     assert [seq.status for seq in (old, middle, young)] == [Status.RUNNING, Status.WAITING, Status.WAITING]
 
 
@@ -97,7 +104,7 @@ def test_the_young_never_push_out_the_old():
     assert scheduler.admit() == [old, young]
     scheduler.start(young)
     while (plan := scheduler.schedule()) is not None:
-        scheduler.finish_step(plan, [2])
+        finish(scheduler, plan)
     assert [seq.status for seq in (old, young)] == [Status.RESTORING, Status.WAITING]
     assert (len(young.token_ids), pool.num_free) == (13, 3)
 
@@ -111,6 +118,6 @@ def test_a_long_prompt_delays_nobodys_next_token():
             scheduler.start(admitted)
     while long.num_computed < 14:
         plan = scheduler.schedule()
-        assert {row.seq_id: len(row.token_ids) for row in plan.rows}[short.id] == 1
+        assert dict(zip(plan.seq_ids, plan.lengths, strict=True))[short.id] == 1
         assert plan.num_tokens == min(4, 1 + 14 - long.num_computed), "the rest of the budget is the prompt's"
-        scheduler.finish_step(plan, [2 if row.draw else None for row in plan.rows])
+        finish(scheduler, plan)

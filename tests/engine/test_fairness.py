@@ -1,0 +1,187 @@
+"""Tenants share an engine by weight, whoever came first and however much one of them asks. Time is counted in steps."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvferry.common.block import BlockLayout
+from kvferry.common.hashing import CacheScope, TenantKeys
+from kvferry.common.sampling import SamplingParams
+from kvferry.engine.batch import Outcome
+from kvferry.engine.fairness import Tenant, Tenants
+from kvferry.engine.page_pool import PagePool
+from kvferry.engine.scheduler import Scheduler
+from kvferry.engine.sequence import Sequence, Status
+
+BLOCK = 16
+HEAVY, LIGHT = (
+    CacheScope(TenantKeys.from_chain_key(letter * 32), b"f", BlockLayout(1, 1, BLOCK, 1, "float32"))
+    for letter in (b"h", b"l")
+)
+PROMPT, ANSWER = 96, 64
+BLOCKS_EACH = (PROMPT + ANSWER) // BLOCK
+
+
+class Place:
+    """A scheduler that runs; nothing is ever found in the pool, since every prompt differs."""
+
+    def __init__(self, blocks, seqs, budget):
+        self.scheduler = Scheduler(PagePool(blocks), seqs, budget, max_waiting=1000)
+        self.last_id = self.steps = 0
+        self.served = {HEAVY: 0, LIGHT: 0}
+
+    def ask(self, scope, prompt_len=PROMPT, answer=ANSWER, **more):
+        self.last_id += 1
+        prompt = [self.last_id] * prompt_len
+        params = SamplingParams(max_tokens=answer)
+        seq = Sequence(self.last_id, "r", scope, prompt, prompt_len, params, (), answer, 10_000, **more)
+        self.scheduler.add(seq)
+        return seq
+
+    def step(self):
+        for seq in self.scheduler.admit():
+            self.scheduler.start(seq)
+        plan = self.scheduler.schedule()
+        self.steps += 1
+        if plan is not None:
+            scopes = {seq.id: seq.scope for seq in self.scheduler._sequences.values()}
+            for seq_id, length in zip(plan.seq_ids, plan.lengths.tolist(), strict=True):
+                self.served[scopes[seq_id]] += length
+            for event in self.scheduler.finish_step(Outcome([1] * len(plan.draws))):
+                if event.seq.status is Status.FINISHED:
+                    self.scheduler.withdraw(event.seq)
+        self.scheduler.check_integrity()
+
+    def until_done(self, seq):
+        """How many steps it takes from here on."""
+        begun = self.steps
+        while seq.status is not Status.FINISHED:
+            self.step()
+            assert self.steps - begun < 10_000, "it never ends"
+        return self.steps - begun
+
+
+@pytest.mark.parametrize("others_first", [0, 1, 40])
+@pytest.mark.parametrize(
+    ("blocks", "seqs", "budget"),
+    [
+        (200 * BLOCKS_EACH, 64, 256),  # places run short
+        (200 * BLOCKS_EACH, 16, 64),  # and the token budget
+        (8 * BLOCKS_EACH, 64, 256),  # the pool holds 8 of them
+        (3 * BLOCKS_EACH, 64, 64),
+    ],
+)
+def test_one_request_beside_a_hundred(blocks, seqs, budget, others_first):
+    """It takes at most half as long again as alone, whether it comes with them or when they have filled the engine."""
+    alone = Place(blocks, seqs, budget)
+    time_alone = alone.until_done(alone.ask(LIGHT))
+    place = Place(blocks, seqs, budget)
+    crowd = [place.ask(HEAVY) for _ in range(100)]
+    for _ in range(others_first):
+        place.step()
+    assert place.until_done(place.ask(LIGHT)) <= 1.5 * time_alone
+    for seq in crowd:
+        place.until_done(seq)
+    assert all(len(seq.token_ids) == PROMPT + ANSWER for seq in crowd), "a token was lost or repeated"
+
+
+def test_with_one_place_it_comes_next():
+    """Nobody is pushed out for it where its tenant would then hold more than the other."""
+    alone = Place(200, 1, 64)
+    time_alone = alone.until_done(alone.ask(LIGHT))
+    place = Place(200, 1, 64)
+    for _ in range(100):
+        place.ask(HEAVY)
+    place.step()
+    assert place.until_done(place.ask(LIGHT)) <= 2 * time_alone
+    assert place.scheduler.num_preemptions == 0
+
+
+def test_many_small_requests_do_not_starve_a_large_one():
+    place = Place(blocks=60, seqs=16, budget=64)
+    large = place.ask(LIGHT, prompt_len=400, answer=40)
+    alone = Place(60, 16, 64)
+    time_alone = alone.until_done(alone.ask(LIGHT, prompt_len=400, answer=40))
+    while large.status is not Status.FINISHED:
+        while len(place.scheduler.of(Status.WAITING)) < 20:
+            place.ask(HEAVY, prompt_len=3, answer=5)
+        place.step()
+        assert place.steps <= 1.5 * time_alone + 2
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+@pytest.mark.parametrize(("blocks", "seqs"), [(2000, 8), (40, 32)])
+def test_tokens_are_served_by_weight(weight, blocks, seqs):
+    place = Place(blocks, seqs, budget=64)
+    for _ in range(800):
+        for scope in (HEAVY, LIGHT):
+            while sum(seq.scope is scope for seq in place.scheduler.of(Status.WAITING)) < 5:
+                place.ask(scope, weight=weight if scope is HEAVY else 1.0)
+        place.step()
+    assert place.served[HEAVY] / place.served[LIGHT] == pytest.approx(weight, rel=0.15)
+
+
+def test_nobody_saves_up():
+    """Who was idle while another worked gets its half from then on, not what it missed."""
+    place = Place(blocks=2000, seqs=8, budget=64)
+    for _ in range(300):
+        place.ask(HEAVY)
+    for _ in range(300):
+        place.step()
+    place.served = {HEAVY: 0, LIGHT: 0}
+    for _ in range(100):
+        place.ask(LIGHT)
+    for _ in range(200):
+        place.step()
+    assert place.served[HEAVY] / place.served[LIGHT] == pytest.approx(1, rel=0.2)
+
+
+def test_priority_is_among_ones_own():
+    """The most urgent of a tenant's goes first; another tenant's turn does not depend on it."""
+    place = Place(blocks=2000, seqs=1, budget=64)
+    running = place.ask(HEAVY)
+    place.step()
+    later, urgent = place.ask(HEAVY, priority=5), place.ask(HEAVY, priority=-5)
+    other = place.ask(LIGHT, priority=1000)
+    ended = []
+    while len(ended) < 4:
+        place.step()
+        ended += [s for s in (running, later, urgent, other) if s.status is Status.FINISHED and s not in ended]
+    assert ended.index(urgent) < ended.index(later)
+    assert ended.index(other) < ended.index(later)
+
+
+def test_two_tenants_never_push_each_other_out_in_turn():
+    """Each has more than fits; who is in stays in until something has changed."""
+    place = Place(blocks=40, seqs=32, budget=64)
+    for _ in range(10):
+        for scope in (HEAVY, LIGHT):
+            place.ask(scope, prompt_len=120, answer=8)
+    while any(seq.status is not Status.FINISHED for seq in place.scheduler.of(Status.WAITING, Status.RUNNING)):
+        place.step()
+        assert place.steps < 500
+    assert place.scheduler.num_preemptions <= 20
+
+
+NAMES = ("a", "b", "c", "d")
+
+
+@given(
+    budget=st.integers(1, 300),
+    wanted=st.dictionaries(st.sampled_from(NAMES), st.integers(0, 200), min_size=1),
+    weights=st.lists(st.sampled_from([0.5, 1.0, 1.0, 3.0]), min_size=4, max_size=4),
+    served=st.lists(st.integers(0, 50), min_size=4, max_size=4),
+)
+def test_a_step_is_split_to_the_last_token(budget, wanted, weights, served):
+    tenants = Tenants()
+    for name, weight, before in zip(NAMES, weights, served, strict=True):
+        tenants._tenants[name] = tenant = Tenant(float(before))
+        tenant.weight = weight
+    given_out = tenants.split(budget, wanted)
+    assert sum(given_out.values()) == min(budget, sum(wanted.values()))
+    assert all(0 <= given_out[name] <= wanted[name] for name in wanted)
+    for poor in wanted:
+        if given_out[poor] < wanted[poor]:  # then nobody has got much more for its weight
+            fair = given_out[poor] / tenants[poor].weight
+            for rich in wanted:
+                assert given_out[rich] / tenants[rich].weight <= fair + 2 / min(weights) + 1
