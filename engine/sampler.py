@@ -1,85 +1,104 @@
-"""Sampling as a pure function of (logits, parameters, seed, choice, position).
+"""Sampling as a pure function of (logits, parameters, seed, choice, position, the tokens before).
 
-Drawing is by the Gumbel-max trick: argmax(logits / temperature + g), where g = -log(-log u) and u comes from the
-counter-based generator Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) keyed by
-the seed and counted by (vocabulary index, position, choice). Nothing depends on the batch or on what was drawn before.
+The order is that which vLLM documents for its v1 sampler:
+
+1. bars (bad words; what would end the sequence before `min_tokens`) and `logit_bias`;
+2. penalties: repetition (over prompt and generated tokens: positive logits are divided, others multiplied), then
+   frequency and presence (over generated tokens);
+3. greedy rows take their best token now; for others temperature, `min_p`, `top_k`, `top_p`, and a draw by noise.
+
+Bad words look back over the whole sequence, prompt included. If all tokens are barred the answer is token 0. Of equals
+the lower token id is first, everywhere. Logits are worked on in float32, weights are added as integers, and the draw
+itself is float64. Nothing depends on the batch. Two devices choose the same tokens from the same logits, unless a
+decision hangs on the last bit of a quotient in float32 or of an exp or log in float64, which they may round differently.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from kvferry.common.sampling import SamplingParams
+from kvferry.common.sampling import TokenLogprobs
 from kvferry.engine.batch import Draw
+from kvferry.engine.edits import edits_of
+from kvferry.engine.likely import LARGEST, blocks, compact, keep_likely
+from kvferry.engine.logprobs import tell
+from kvferry.engine.philox import BUFFERS, Keys
+from kvferry.engine.race import HOPELESS, draw_among, draw_from_all
+from kvferry.engine.ready import Group, Ready, Way, make_ready
 
-MASK32 = 0xFFFFFFFF
-PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
-PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
-
-
-def _mul32(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a * constant, both unsigned 32-bit values held in int64.
-
-    The product wraps modulo 2^64 (two's complement), so all of its 64 bits are there.
-    """
-    product = a * constant
-    return (product >> 32) & MASK32, product & MASK32
+FEW = 8  # where not one in so many tokens can win, noise for those alone is cheaper
 
 
-def philox(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
-    """Philox4x32-10: four int64 tensors holding 32-bit words -> four like them."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        high0, low0 = _mul32(c0, PHILOX_M0)
-        high1, low1 = _mul32(c2, PHILOX_M1)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
-    return [c0, c1, c2, c3]
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token for each draw, and what is told of it where that was asked for; `logprobs` is None when nobody asked."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
 
 
-def gumbel_noise(vocab: int, draw: Draw, device: torch.device) -> torch.Tensor:
-    """float64 `[vocab]`: Gumbel(0, 1) noise for one draw. Each counter gives the noise of four neighbours."""
-    lanes = torch.arange(-(-vocab // 4), dtype=torch.int64, device=device)
-    fixed = [torch.full_like(lanes, word & MASK32) for word in (draw.position, draw.position >> 32, draw.params.choice)]
-    seed = draw.params.seed
-    words = philox([lanes, *fixed], (seed & MASK32, (seed >> 32) & MASK32))
-    bits = torch.stack(words, dim=1).flatten()[:vocab]
-    uniform = (bits.to(torch.float64) + 0.5) / 2.0**32
-    return -torch.log(-torch.log(uniform))
+class Sampler:
+    """Chooses tokens. What it keeps from step to step are the last draws' parameters, made ready, and buffers: neither
+    can change an answer. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._ready: Ready | None = None
+        self._buffers = torch.empty(0, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, draws: list[Draw]) -> Sampled:
+        """`logits[D, vocab]`, of any float dtype and without NaN, one row a draw. They are not changed."""
+        if self._ready is None or not self._ready.is_for(draws, logits):
+            self._ready = make_ready(draws, logits, self._ready)
+        ready = self._ready
+        best = logits.argmax(dim=1) if ready.plain or not draws else logits.new_empty(len(draws), dtype=torch.int64)
+        edits = edits_of(ready.edited, ready.fixed, ready.vocab) if ready.edited else None
+        for group in ready.groups:
+            keys = None if group.way is Way.GREEDY else group.keys()
+            for start, stop in blocks(len(group.draws), logits):
+                rows = group.rows[start:stop]
+                block = logits[rows].float()
+                if edits is not None and group.edited is not None:
+                    edits.apply(block, group.edited + start)
+                if keys is None:
+                    best[rows] = block.argmax(dim=1)
+                else:
+                    best[rows] = self._draw(block, group, start, keys.rows(start, stop))
+        tokens = best.tolist()
+        return Sampled(tokens, _told(logits, tokens, ready) if ready.told else None)
+
+    @torch.inference_mode()
+    def score(self, logits: torch.Tensor, token_ids: list[int], top: int) -> list[TokenLogprobs]:
+        """What is told of `token_ids[K]` by `logits[K, vocab]`, each with the `top` likeliest tokens beside it."""
+        return tell(logits, token_ids, [top] * len(token_ids))
+
+    def _draw(self, block: torch.Tensor, group: Group, start: int, keys: Keys) -> torch.Tensor:
+        """int64 `[r]`, drawn for rows `start` and on of the group. `block`, their logits, is overwritten."""
+        stop = start + len(block)
+        # Under the best one, so that a tiny temperature makes the others vanish instead of all overflow. The limits are
+        # for rows of nothing but -inf, and for +inf.
+        block.clamp_(max=LARGEST)
+        scores = block.sub_(block.amax(dim=1, keepdim=True).clamp_(min=-LARGEST)).div_(group.temperature[start:stop])
+        if group.floor is not None:
+            scores.masked_fill_(scores < group.floor[start:stop], float("-inf"))
+        if group.way is not Way.FROM_ALL:
+            return draw_among(*keep_likely(scores, group.top_k[start:stop], group.top_p[start:stop]), keys)
+        live = scores >= HOPELESS
+        if int(live.sum(dim=1).amax()) * FEW < scores.shape[1]:
+            return draw_among(*compact(scores, live), keys)
+        return draw_from_all(scores, keys, self._buffers_for(scores))
+
+    def _buffers_for(self, scores: torch.Tensor) -> torch.Tensor:
+        needed = BUFFERS * len(scores) * -(-scores.shape[1] // 4)
+        if len(self._buffers) < needed or self._buffers.device != scores.device:
+            self._buffers = torch.empty(needed, dtype=torch.int64, device=scores.device)
+        return self._buffers
 
 
-def sample(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
-    """One token id for each row of `logits[R, vocab]` (any float dtype)."""
-    logits = logits.float().clone()
-    for row, draw in enumerate(draws):
-        if draw.generated < draw.params.min_tokens and draw.stop_ids:
-            logits[row, list(draw.stop_ids)] = float("-inf")
-    tokens = logits.argmax(dim=1)
-    warm = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
-    if warm:
-        chosen = [draws[row] for row in warm]
-        scores = keep_likely(logits[warm], [d.params for d in chosen])
-        noise = torch.stack([gumbel_noise(logits.shape[1], draw, logits.device) for draw in chosen])
-        tokens[warm] = (scores.double() + noise).argmax(dim=1)
-    return tokens.tolist()
-
-
-def keep_likely(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Scale by temperature, then bar what top_k and top_p leave out: `[R, vocab]` float32 -> the same.
-
-    top_p keeps the smallest set of most likely tokens, after top_k, whose probability reaches p; at least one.
-    """
-    device, vocab = logits.device, logits.shape[1]
-    # Under the most likely one, so that a tiny temperature makes the others vanish instead of all overflow.
-    temperature = torch.tensor([[p.temperature] for p in params], device=device).clamp(min=torch.finfo().tiny)
-    scores = (logits - logits.amax(dim=1, keepdim=True)) / temperature
-    if all(p.top_k == 0 and p.top_p >= 1.0 for p in params):
-        return scores
-    ordered, order = scores.sort(dim=1, descending=True, stable=True)
-    rank = torch.arange(vocab, device=device)
-    top_k = torch.tensor([[p.top_k or vocab] for p in params], device=device)
-    ordered = ordered.masked_fill(rank >= top_k, float("-inf"))
-    probability = ordered.softmax(dim=1)
-    before = probability.cumsum(dim=1) - probability
-    top_p = torch.tensor([[p.top_p] for p in params], device=device)
-    ordered = ordered.masked_fill((before >= top_p) & (rank > 0) & (top_p < 1.0), float("-inf"))
-    return torch.empty_like(scores).scatter_(1, order, ordered)
+def _told(logits: torch.Tensor, tokens: list[int], ready: Ready) -> list[TokenLogprobs | None]:
+    answer: list[TokenLogprobs | None] = [None] * len(tokens)
+    tops = [ready.draws[row].params.logprobs or 0 for row in ready.told]
+    told = tell(logits[ready.told], [tokens[row] for row in ready.told], tops)
+    for row, one in zip(ready.told, told, strict=True):
+        answer[row] = one
+    return answer
