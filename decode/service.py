@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from functools import partial
 
 import grpc
 
@@ -12,8 +12,9 @@ from kvferry.common.errors import InvalidRequest
 from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
-from kvferry.common.wire import answers_errors, first_command
-from kvferry.engine.sequence import Sequence, Status
+from kvferry.common.wire import answers_errors, first_command, logprobs_to_wire
+from kvferry.engine.sequence import Sequence, Status, TokenEvent
+from kvferry.engine.transfer import BackgroundPublisher
 from kvferry.engine.worker import WatchedService, Worker, serve_worker
 from kvferry.kvstore.client import StoreClient
 
@@ -55,6 +56,7 @@ class Continuation:
         self._fill_moved = asyncio.Event()
         self._admitted = self._restored = False
         self._outbox: asyncio.Queue[pb.ContinueEvent | None] = asyncio.Queue()
+        self._publishers: dict[int, BackgroundPublisher] = {}
 
     async def follow(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
         """The router relays the fill's reports; each replaces the one before. Its closing means that none will come."""
@@ -67,24 +69,34 @@ class Continuation:
         self._fill_moved.set()
 
     async def run(self) -> None:
-        publisher = self._transfer.background(self._seq, self._offer)
         try:
-            async with aclosing(self._engine.generate(self._seq, self._restore)) as steps:
-                async for step in steps:
-                    publisher.advance()
-                    if step.token is not None:
-                        self._send_token(step.token, step.finish_reason)
-            await publisher.drain()  # a chat's next turn begins with these blocks
+            await self._engine.generate(self._seq, self._restore, self._take)
+            for publisher in self._publishers.values():  # a chat's next turn begins with these blocks
+                await publisher.drain()
             self._outbox.put_nowait(None)
         finally:
-            await publisher.close()
+            for publisher in self._publishers.values():
+                await publisher.close()
 
-    def _send_token(self, token: int, finish_reason: str | None) -> None:
-        tokens = pb.Tokens(token_ids=[token], finish_reason=finish_reason or "")
-        self._outbox.put_nowait(pb.ContinueEvent(tokens=tokens))
-
-    async def _offer(self, blocks: list[int], first: int) -> None:
-        await self._transfer.offer(self._seq, blocks, first)
+    def _take(self, event: TokenEvent) -> None:
+        """What a step did: publish what it computed, send what it chose."""
+        seq = event.seq
+        if (publisher := self._publishers.get(seq.id)) is None:
+            first = 0 if seq is self._seq else seq.blocks_computed  # one that forked: the others publish what they share
+            publisher = self._transfer.background(seq, partial(self._transfer.offer, seq), first)
+            self._publishers[seq.id] = publisher
+        publisher.advance()
+        if event.prompt_logprobs:
+            told = pb.PromptLogprobs(tokens=map(logprobs_to_wire, event.prompt_logprobs))
+            self._outbox.put_nowait(pb.ContinueEvent(prompt_logprobs=told))
+        if event.token is not None:
+            tokens = pb.Tokens(
+                token_ids=[event.token],
+                finish_reason=event.finish_reason,
+                choice=event.choice,
+                logprobs=[logprobs_to_wire(event.logprobs)] if event.logprobs else [],
+            )
+            self._outbox.put_nowait(pb.ContinueEvent(tokens=tokens))
 
     async def _restore(self, seq: Sequence) -> None:
         """Pull the prefix; while the fill is under way, exactly what it reports. Called again after a preemption."""
@@ -93,8 +105,7 @@ class Continuation:
             self._outbox.put_nowait(pb.ContinueEvent(admitted=pb.Admitted()))
         while True:
             self._fill_moved.clear()
-            if self._fill.HasField("first_token") and len(seq.token_ids) == self._opening_len:
-                seq.append(self._fill.first_token)
+            self._learn_first_tokens(seq)
             # Once the fill is over, whatever else is there too: somebody may have published it meanwhile.
             upto = len(seq.names) if self._fill.done else self._fill.committed_blocks
             await self._transfer.pull(seq, upto)
@@ -104,6 +115,17 @@ class Continuation:
         if not self._restored and seq.status is Status.RESTORING:  # else it was pushed out, and comes again
             self._restored = True
             self._outbox.put_nowait(pb.ContinueEvent(restored=pb.Restored(reuse=self._reuse(seq))))
+
+    def _learn_first_tokens(self, seq: Sequence) -> None:
+        """The fill has chosen them, and the router has sent them: the sequence goes on from there."""
+        if len(seq.token_ids) > self._opening_len or not self._fill.first_tokens:
+            return
+        known = enumerate(self._fill.first_tokens, start=seq.params.choice)
+        going_on = [(choice, first.token_id) for choice, first in known if not first.finish_reason]
+        if seq.params.n > 1:
+            seq.first_tokens = tuple(going_on)
+        else:
+            seq.append(self._fill.first_tokens[0].token_id)
 
     def _reuse(self, seq: Sequence) -> pb.Reuse:
         """Where the KV of a restored sequence came from, and what is left to compute."""

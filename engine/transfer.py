@@ -105,8 +105,8 @@ class Transfer:
         payloads = [Payload(seq.names[i], parent_of(seq, i), self._memory.host_view(block)) for i, block in blocks]
         return await self.store.publish(reservation, payloads)
 
-    def background(self, seq: Sequence, publish: "Publish") -> "BackgroundPublisher":
-        return BackgroundPublisher(self._pool, seq, publish)
+    def background(self, seq: Sequence, publish: "Publish", first: int = 0) -> "BackgroundPublisher":
+        return BackgroundPublisher(self._pool, seq, publish, first)
 
 
 def still_restoring(seq: Sequence, admission: int) -> bool:
@@ -200,15 +200,16 @@ Publish = Callable[[list[int], int], Awaitable[None]]  # pool blocks, and the se
 
 
 class BackgroundPublisher:
-    """Publishes a sequence's blocks beside the steps that compute the next ones, in chain order.
+    """Publishes a sequence's blocks, from index `first` on, beside the steps that compute the next ones, in chain
+    order.
 
     It holds each block from the moment it is computed until it is published, so the sequence may end or be preempted
     meanwhile.
     """
 
-    def __init__(self, pool: PagePool, seq: Sequence, publish: Publish):
+    def __init__(self, pool: PagePool, seq: Sequence, publish: Publish, first: int):
         self._pool, self._seq, self._publish = pool, seq, publish
-        self._next = 0
+        self._next = first
         self._queued: list[int] = []
         self._task: asyncio.Task[None] | None = None
 

@@ -109,6 +109,8 @@ class Worker:
             opening.prompt_len,
             params,
             params.max_tokens if limit is None else limit,
+            priority=opening.priority,
+            weight=opening.weight or 1.0,
         )
 
     @contextmanager

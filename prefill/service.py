@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from functools import partial
 
 import grpc
 
@@ -12,9 +12,9 @@ from kvferry.common.errors import InvalidRequest
 from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
-from kvferry.common.wire import answers_errors, first_command
-from kvferry.engine.sequence import Sequence
-from kvferry.engine.transfer import FillHolding
+from kvferry.common.wire import answers_errors, first_command, logprobs_to_wire
+from kvferry.engine.sequence import Sequence, TokenEvent
+from kvferry.engine.transfer import BackgroundPublisher, FillHolding
 from kvferry.engine.worker import WatchedService, Worker, serve_worker
 from kvferry.kvstore.client import StoreClient
 
@@ -61,15 +61,19 @@ class Fill:
         await self._holding.open()
         publisher = self._transfer.background(self._seq, self._publish)
         try:
-            async with aclosing(self._engine.generate(self._seq, self._restore)) as steps:
-                async for step in steps:
-                    publisher.advance()
-                    if step.token is not None:
-                        self._tell(first_token=step.token, finish_reason=step.finish_reason or "")
+            await self._engine.generate(self._seq, self._restore, partial(self._take, publisher))
             await publisher.drain()
             self._tell(done=True)
         finally:
             await publisher.close()
+
+    def _take(self, publisher: BackgroundPublisher, event: TokenEvent) -> None:
+        """What a step did: publish what it computed; tell the first token, of each choice."""
+        publisher.advance()
+        if event.token is not None:
+            told = logprobs_to_wire(event.logprobs) if event.logprobs else None
+            self._report.first_tokens.add(token_id=event.token, finish_reason=event.finish_reason, logprobs=told)
+            self._changed.set()
 
     async def _restore(self, seq: Sequence) -> None:
         """Pull what the store has and the page pool has not, and say how much that was."""

@@ -15,7 +15,8 @@ import grpc
 from kvferry.common.clock import Clock
 from kvferry.common.errors import DeadlineExceeded, Internal, KvferryError, Overloaded, Unavailable
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.wire import error_of, why_ended
+from kvferry.common.sampling import TokenLogprobs
+from kvferry.common.wire import error_of, logprobs_from_wire, why_ended
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import Placement
@@ -28,10 +29,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens to send. `finish_reason` is set in the last piece."""
+    """Tokens of one choice to send. `finish_reason` is set in its last piece; `logprobs`, where they were asked for, has
+    one entry a token."""
 
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
+    choice: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def piece_of(tokens: pb.Tokens) -> Piece:
+    told = tuple(map(logprobs_from_wire, tokens.logprobs))
+    return Piece(tuple(tokens.token_ids), tokens.finish_reason or None, tokens.choice, told)
 
 
 class _DecodeEnded(Exception):
@@ -48,7 +57,6 @@ class Handover:
         self._out: asyncio.Queue[Piece | KvferryError] = asyncio.Queue()
         self._restored = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._first_token: int | None = None
         self._counted, self._filling = ExitStack(), ExitStack()
         self._counted.enter_context(placement.decode.stream())
         if placement.prefill is not None:  # from now on, so that others placed at the same time go elsewhere
@@ -75,7 +83,8 @@ class Handover:
 
     async def pieces(self, clock: Clock, give_up: float) -> AsyncIterator[Piece]:
         """The tokens as they come, the first from whoever has it first. Raises what ended the attempt."""
-        while True:
+        going_on = self._sequence.sampling.n or 1
+        while going_on:
             try:
                 async with asyncio.timeout(max(give_up - clock.now(), 0.001)):
                     piece = await self._out.get()
@@ -84,8 +93,7 @@ class Handover:
             if isinstance(piece, KvferryError):
                 raise piece
             yield piece
-            if piece.finish_reason:
-                return
+            going_on -= piece.finish_reason is not None
 
     async def _receive(self) -> None:
         """Decode's events: its tokens go out; that the blocks have arrived lets the fill go."""
@@ -95,7 +103,7 @@ class Handover:
                     self._record.restored = event.restored.reuse
                     self._restored.set()
                 elif event.HasField("tokens"):
-                    self._out.put_nowait(Piece(tuple(event.tokens.token_ids), event.tokens.finish_reason or None))
+                    self._out.put_nowait(piece_of(event.tokens))
             self._out.put_nowait(await self._ended())
         except grpc.aio.AioRpcError as error:
             self._out.put_nowait(self._noted(error_of(error)))
@@ -175,16 +183,18 @@ class Handover:
             log.debug("a fill broke after it was done: %s", error)
 
     async def _take(self, report: pb.FillReport, progress: pb.FillProgress) -> None:
-        """The first token goes to the client at once, and only once; then decode hears how far the fill is, unless that
-        token ends the request. (A second fill may choose another in bf16: the one that was sent counts.)"""
+        """The first tokens go to the client at once, and only once; then decode hears how far the fill is, unless they
+        end the request. (A second fill may choose others in bf16: those that were sent count.)"""
         self._record.note_fill(report)
-        if report.HasField("first_token") and self._first_token is None:
-            self._first_token = report.first_token
-            progress.first_token = report.first_token
-            self._out.put_nowait(Piece((report.first_token,), report.finish_reason or None))
+        if report.first_tokens and not progress.first_tokens:
+            progress.first_tokens.extend(report.first_tokens)
+            for choice, first in enumerate(report.first_tokens, start=self._sequence.sampling.choice):
+                told = (logprobs_from_wire(first.logprobs),) if first.HasField("logprobs") else ()
+                self._out.put_nowait(Piece((first.token_id,), first.finish_reason or None, choice, told))
         progress.committed_blocks = report.committed_blocks
         progress.done = report.done
-        if not (report.finish_reason and report.first_token == self._first_token):
+        going_on = [first for first in progress.first_tokens if not first.finish_reason]
+        if going_on or not progress.first_tokens:
             await self._relay(progress)
 
     async def _relay(self, progress: pb.FillProgress) -> None:

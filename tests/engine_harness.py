@@ -1,7 +1,7 @@
 """One engine with its transfer over a store in memory, and the reference it is held to."""
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 
 import torch
 from memory_store import MemoryStore
@@ -39,8 +39,9 @@ class Node:
 
     def computed(self, seq) -> list[int]:
         """The positions that steps computed for a sequence, in order."""
-        rows = [row for plan in self.plans for row in plan.rows if row.seq_id == seq.id]
-        return [row.start + i for row in rows for i in range(len(row.token_ids))]
+        rows = [(plan, plan.seq_ids.index(seq.id)) for plan in self.plans if seq.id in plan.seq_ids]
+        spans = [(int(plan.positions[row]), int(plan.lengths[row])) for plan, row in rows]
+        return [position for start, length in spans for position in range(start, start + length)]
 
     def sequence(self, prompt, count=12, *, limit=None, **params):
         params = SamplingParams(**{"max_tokens": count, "min_tokens": count, "temperature": 0.0, **params})
@@ -52,8 +53,14 @@ class Node:
         await self.transfer.pull(seq, len(seq.names))
 
     async def tokens(self, seq, restore=None) -> list[int]:
-        async with aclosing(self.engine.generate(seq, restore or self.pull)) as steps:
-            return [step.token async for step in steps if step.token is not None]
+        tokens = []
+
+        def take(event):
+            if event.token is not None:
+                tokens.append(event.token)
+
+        await self.engine.generate(seq, restore or self.pull, take)
+        return tokens
 
     async def ask(self, prompt, count=12, **params) -> list[int]:
         return await self.tokens(self.sequence(prompt, count, **params))

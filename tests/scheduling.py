@@ -153,9 +153,7 @@ class World:
         plan, self.plan = self.plan, None
         self.steps += 1
         self.copies += len(plan.copies)
-        copied = {
-            (int(to), i): self.memory.get((int(source), i)) for source, to in plan.copies for i in range(BLOCK)
-        }
+        copied = {(int(to), i): self.memory.get((int(source), i)) for source, to in plan.copies for i in range(BLOCK)}
         self.memory.update(copied)
         self.memory.update(self.written)
         for row, seq_id in enumerate(plan.seq_ids):

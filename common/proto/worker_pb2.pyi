@@ -189,22 +189,18 @@ class FirstToken(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., finish_reason: _Optional[str] = ..., logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ...) -> None: ...
 
 class FillReport(_message.Message):
-    __slots__ = ("committed_blocks", "first_token", "finish_reason", "done", "reuse", "started", "first_tokens")
+    __slots__ = ("committed_blocks", "first_tokens", "done", "reuse", "started")
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     REUSE_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     committed_blocks: int
-    first_token: int
-    finish_reason: str
+    first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
     done: bool
     reuse: Reuse
     started: bool
-    first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
-    def __init__(self, committed_blocks: _Optional[int] = ..., first_token: _Optional[int] = ..., finish_reason: _Optional[str] = ..., done: bool = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ..., started: bool = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ...) -> None: ...
+    def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ..., started: bool = ...) -> None: ...
 
 class ContinueCommand(_message.Message):
     __slots__ = ("open", "progress")
@@ -223,16 +219,14 @@ class ContinueOpen(_message.Message):
     def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., expects_fill: bool = ...) -> None: ...
 
 class FillProgress(_message.Message):
-    __slots__ = ("committed_blocks", "first_token", "done", "first_tokens")
+    __slots__ = ("committed_blocks", "first_tokens", "done")
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    DONE_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
     committed_blocks: int
-    first_token: int
-    done: bool
     first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
-    def __init__(self, committed_blocks: _Optional[int] = ..., first_token: _Optional[int] = ..., done: bool = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ...) -> None: ...
+    done: bool
+    def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ...) -> None: ...
 
 class ContinueEvent(_message.Message):
     __slots__ = ("admitted", "restored", "tokens", "prompt_logprobs")

@@ -19,7 +19,7 @@ def test_a_fill_publishes_every_full_block(models, length):
         async with running(models["llama"], max_num_batched_tokens=32) as node:
             fill, report = await node.fill(prompt_of(length))
             assert report.committed_blocks == length // BLOCK == len(node.store.blocks)
-            assert report.first_token == (await node.ask(prompt_of(length), 1))[0]
+            assert [one.token_id for one in report.first_tokens] == await node.ask(prompt_of(length), 1)
             names = node.scope.chain(prompt_of(length))
             parents = [node.scope.root(), *names][: len(names)]
             assert [node.store.parents[name] for name in names] == parents
@@ -131,7 +131,7 @@ def test_the_second_of_two_fills_waits_for_the_first(models):
             assert before == 1, "who waits holds nothing"
             again, reused = await second
             assert (report.reuse.computed_tokens, reused.reuse.computed_tokens) == (65, 1)
-            assert report.first_token == reused.first_token
+            assert report.first_tokens == reused.first_tokens
             assert reused.committed_blocks == 4
             filled.close()
             again.close()

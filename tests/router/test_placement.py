@@ -88,16 +88,15 @@ def test_a_second_fill_that_ends_early_does_not_count():
         )
 
         async def note(progress):
-            relayed.append((progress.committed_blocks, progress.first_token, progress.done))
+            relayed.append((progress.committed_blocks, [one.token_id for one in progress.first_tokens], progress.done))
 
         progress = pb.FillProgress()
-        await handover._take(pb.FillReport(first_token=7, committed_blocks=3), progress)
-        await handover._take(
-            pb.FillReport(first_token=2, finish_reason="stop", committed_blocks=5, done=True), progress
-        )
+        first, other = pb.FirstToken(token_id=7), pb.FirstToken(token_id=2, finish_reason="stop")
+        await handover._take(pb.FillReport(first_tokens=[first], committed_blocks=3), progress)
+        await handover._take(pb.FillReport(first_tokens=[other], committed_blocks=5, done=True), progress)
         assert sent.qsize() == 1
         assert sent.get_nowait().token_ids == (7,)
-        assert relayed == [(3, 7, False), (5, 7, True)]
+        assert relayed == [(3, [7], False), (5, [7], True)]
         await handover.close()
         assert (decode.streams, prefill.streams) == (0, 0)
 
