@@ -53,11 +53,16 @@ class Node:
         await self.transfer.pull(seq, len(seq.names))
 
     async def tokens(self, seq, restore=None) -> list[int]:
-        tokens = []
+        (tokens,) = (await self.choices(seq, restore)).values()
+        return tokens
+
+    async def choices(self, seq, restore=None) -> dict[int, list[int]]:
+        """The tokens of each choice."""
+        tokens = {draw.params.choice: [] for draw in seq.draws}
 
         def take(event):
             if event.token is not None:
-                tokens.append(event.token)
+                tokens[event.choice].append(event.token)
 
         await self.engine.generate(seq, restore or self.pull, take)
         return tokens
@@ -65,9 +70,9 @@ class Node:
     async def ask(self, prompt, count=12, **params) -> list[int]:
         return await self.tokens(self.sequence(prompt, count, **params))
 
-    async def fill(self, prompt) -> "tuple[Fill, object]":
+    async def fill(self, prompt, **params) -> "tuple[Fill, object]":
         """Run a prefill's fill to its end; it and its last report. Close it."""
-        fill = Fill(self, self.sequence(prompt, limit=1))
+        fill = Fill(self, self.sequence(prompt, limit=1, **params))
         computing = asyncio.create_task(fill.run())
         return fill, [report async for report in fill.reports(computing)][-1]
 
