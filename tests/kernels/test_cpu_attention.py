@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import CASES, DECODE_CASES, LAYERS, Case, Paged
+from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
 from kvferry.kernels import cpu_attention
@@ -23,40 +24,87 @@ def on_cpu(paged: Paged, dtype: torch.dtype, workspace: Workspace) -> CpuAttenti
     return attention
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     case=st.one_of(CASES, DECODE_CASES),
     layer=st.integers(0, LAYERS - 1),
-    group_bytes=st.sampled_from([1, 500, 2**20]),
+    sizes=st.sampled_from([(1, 1, 1), (500, 3, 40), (2**21, 256, 2**24)]),
 )
-def test_attention_is_the_sum_written_out(case, layer, group_bytes):
+def test_attention_is_the_sum_written_out(case, layer, sizes):
+    """Whatever is done at once: `sizes` are the module's own limits, small ones split groups and rows."""
     paged = Paged(case, layer)
-    before, cpu_attention.GROUP_BYTES = cpu_attention.GROUP_BYTES, group_bytes
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in zip(("GATHER_BYTES", "PIECE", "MOST_SCORES"), sizes, strict=True):
+            patch.setattr(cpu_attention, name, size)
         attention = on_cpu(paged, torch.float32, Workspace())
-    finally:
-        cpu_attention.GROUP_BYTES = before
-    assert (~paged.pool.isnan()).sum() == 2 * case.kv_heads * case.head_dim * sum(paged.contexts)
-    paged.lose_what_is_not_seen()
-    got = attention.attend(layer, paged.query.float(), 0.3, *paged.told())
+        assert (~paged.pool.isnan()).sum() == 2 * case.kv_heads * case.head_dim * sum(paged.contexts)
+        paged.lose_what_is_not_seen()
+        got = attention.attend(layer, paged.query.float(), 0.3, *paged.told())
     torch.testing.assert_close(got.double(), paged.attended(0.3), rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_is_as_good_as_its_twin():
-    paged = Paged(Case(2, 2, 16, 4, ((0, 9), (20, 1), (13, 6), (20, 1)), seed=3), 0)
-    attention = on_cpu(paged, torch.bfloat16, Workspace())
-    query = paged.query.bfloat16()
-    twin = extend_attention(query, paged.pool, 0, paged.ragged, 0.25)
-    torch.testing.assert_close(attention.attend(0, query, 0.25), twin, rtol=3e-2, atol=3e-2)
+@pytest.mark.parametrize("features", [{}, {"window": 6}, {"window": 6, "softcap": 0.7, "sinks": True}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_as_good_as_the_twin(dtype, features):
+    paged = Paged(Case(2, 2, 16, 4, ((0, 9), (20, 1), (13, 6), (20, 1), (3, 1)), seed=3, **features), 0)
+    attention = on_cpu(paged, dtype, Workspace())
+    query, told = paged.query.to(dtype), paged.told()
+    twin = extend_attention(query, paged.pool, 0, paged.ragged, 0.25, *told)
+    got = attention.attend(0, query, 0.25, *told)
+    assert got.dtype is dtype
+    bound = 1e-10 if dtype is torch.float64 else 2e-2
+    torch.testing.assert_close(got, twin, rtol=bound, atol=bound)
 
 
-def test_the_gather_buffer_is_kept():
+def test_layers_of_one_step_may_differ():
+    """Windows and softcaps alternate in Gemma; what is prepared for one layer serves the next of its kind only."""
+    paged = Paged(Case(2, 2, 16, 4, ((0, 9), (20, 1), (13, 6), (9, 1)), seed=4), 1)
+    attention = on_cpu(paged, torch.float32, Workspace())
+    query = paged.query.float()
+    for told in ((5, None), (None, None), (5, 2.0), (None, 2.0), (5, None), (1000, None)):
+        twin = extend_attention(query, paged.pool, 1, paged.ragged, 0.25, *told)
+        torch.testing.assert_close(attention.attend(1, query, 0.25, *told), twin, rtol=1e-5, atol=1e-5)
+
+
+def test_a_buffer_is_kept():
     """From step to step, however sizes change, a buffer is only replaced by a larger one."""
-    workspace, like = Workspace(), torch.zeros(1, 8)
-    first = workspace.tiles(10, like).data_ptr()
-    assert workspace.tiles(4, like).data_ptr() == first
-    larger = workspace.tiles(11, like).data_ptr()
-    assert workspace.tiles(20, like).data_ptr() == larger, "it grows by doubling"
+    workspace = Workspace()
+
+    def place(count: int, name: str = "a", dtype: torch.dtype = torch.float32) -> int:
+        taken = workspace.take(name, (count, 8), dtype)
+        assert taken.shape == (count, 8)
+        assert taken.dtype is dtype
+        return taken.data_ptr()
+
+    first = place(10)
+    assert place(4) == first
+    assert len({first, place(10, "b"), place(10, dtype=torch.bfloat16)}) == 3
+    larger = place(11)
+    assert place(20) == larger, "it grows by doubling"
+
+
+@pytest.mark.parametrize("features", [{}, {"window": 600, "softcap": 9.0, "sinks": True}], ids=["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_steady_decode_step_takes_no_memory_that_grows_with_the_context(dtype, features):
+    """What torch's allocator was asked for, in all, by the attention of one step, at two contexts."""
+
+    def taken(context: int) -> tuple[int, int]:
+        rows = tuple((context + i, 1) for i in range(3))
+        paged = Paged(Case(2, 2, 16, 16, rows, seed=1, **features), 0)
+        workspace = Workspace()
+        on_cpu(paged, dtype, workspace).attend(0, paged.query.to(dtype), 0.25, *paged.told())
+        attention = on_cpu(paged, dtype, workspace)
+        attention.attend(0, paged.query.to(dtype), 0.25, *paged.told())  # lists the tiles, once a step
+        query, told = paged.query.to(dtype), paged.told()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            attention.attend(1, query, 0.25, *told)
+        sizes = [e.self_cpu_memory_usage for e in seen.events() if e.self_cpu_memory_usage > 0]
+        return sum(sizes), 2 * sum(paged.contexts) * 2 * 16 * dtype.itemsize
+
+    (short, _), (long, kv_bytes) = taken(70), taken(1000)
+    assert short > 0, "the profiler sees what is allocated"
+    assert long <= short + 1024
+    assert kv_bytes > 50 * long, "the comparison is sharp: copying the KV afresh would be seen"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
