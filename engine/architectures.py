@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kvferry.common.errors import ConfigError, IncompatibleNode
 
-# Held to the oracle by tests/engine/test_architectures.py. Others may pass the self-check, and are served with a warning.
+# Held to the oracle by tests/engine/test_oracle_logits.py. What passes the self-check without is served with a warning.
 TESTED = (
     "Cohere2ForCausalLM",
     "GPT2LMHeadModel",
@@ -35,7 +35,7 @@ TESTED = (
     "SmolLM3ForCausalLM",
     "Starcoder2ForCausalLM",
 )
-OWN_ATTENTION = "it attends on its own and never calls the attention function that pages KV"
+OWN_ATTENTION = "it attends on its own and never calls the attention function that pages its KV"
 UNEQUAL = "its keys and values differ in shape, and a block has room for one shape"
 REFUSED = {
     "BloomForCausalLM": OWN_ATTENTION,
@@ -44,7 +44,9 @@ REFUSED = {
     "DeepseekV3ForCausalLM": UNEQUAL,
     "FalconForCausalLM": OWN_ATTENTION,
     "GPTJForCausalLM": OWN_ATTENTION,
+    "GPTNeoForCausalLM": OWN_ATTENTION,
     "MptForCausalLM": OWN_ATTENTION,
+    "XGLMForCausalLM": OWN_ATTENTION,
 }
 PAGED_LAYERS = {"full_attention", "sliding_attention"}
 NEEDED = ("num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -66,7 +68,7 @@ def reasons_against(name: str, hf_config: PreTrainedConfig, max_model_len: int |
         yield REFUSED[name]
     if hf_config.is_encoder_decoder:
         yield "it is an encoder and a decoder, and only decoders are served"
-    if hf_config.sub_configs:
+    if any(hasattr(hf_config, part) for part in ("text_config", "vision_config", "audio_config")):
         yield "it joins several models (images, sound), and only text models are served"
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         yield "this transformers has no causal language model of that name"
@@ -77,8 +79,20 @@ def reasons_against(name: str, hf_config: PreTrainedConfig, max_model_len: int |
     if missing := [needed for needed in NEEDED if not isinstance(getattr(hf_config, needed, None), int)]:
         yield f"its config has no {missing[0]}, so it is not made of attention layers"
     if others := sorted(set(getattr(hf_config, "layer_types", None) or ()) - PAGED_LAYERS):
-        yield f"it has layers of {others[0]}, whose memory is not keys and values that can be paged"
-    yield from (rope for rope in batch_dependent_ropes(hf_config, max_model_len))
+        yield f"it has layers of {others[0]}, and only full and sliding attention are paged"
+    if differs_by_layer(hf_config):
+        yield "its layers differ in the number or width of their heads, and a block has room for one shape"
+    yield from batch_dependent_ropes(hf_config, max_model_len)
+
+
+def differs_by_layer(hf_config: PreTrainedConfig) -> bool:
+    """Newer configs refuse to name one width for all their layers when there are several."""
+    try:
+        return not all(
+            isinstance(getattr(hf_config, name, 0), int | None) for name in ("head_dim", "num_key_value_heads")
+        )
+    except RuntimeError:
+        return True
 
 
 def batch_dependent_ropes(hf_config: PreTrainedConfig, max_model_len: int | None) -> Iterator[str]:

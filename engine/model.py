@@ -16,8 +16,8 @@ from transformers.utils.logging import set_tqdm_hook
 
 from kvferry.common.block import DTYPE_BYTES, BlockLayout
 from kvferry.common.config import EngineConfig
-from kvferry.common.errors import ConfigError
-from kvferry.engine.architectures import check_config, check_known, check_max_model_len
+from kvferry.common.errors import ConfigError, IncompatibleNode
+from kvferry.engine.architectures import OWN_ATTENTION, architecture, check_config, check_known, check_max_model_len
 from kvferry.engine.attention import ATTENTION_NAME
 from kvferry.engine.checkpoint import end_tokens, find_folder, read_config, told_as
 from kvferry.engine.fingerprint import fingerprint_of
@@ -54,7 +54,8 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
         torch.set_num_threads(config.threads)
     layout = kv_layout(hf_config, config.block_size, dtype)
     fingerprint = fingerprint_of(folder, hf_config, dtype, progress)
-    module = read_weights(folder, getattr(torch, dtype), progress).to(device).eval().requires_grad_(False)
+    module = read_weights(folder, architecture(hf_config), getattr(torch, dtype), progress)
+    module = module.to(device).eval().requires_grad_(False)
     if can_pack(device, module.dtype):
         pack_linears(module)
     self_check(module, layout, hf_config.vocab_size)
@@ -71,10 +72,14 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     )
 
 
-def read_weights(folder: Path, dtype: torch.dtype, progress: Progress) -> PreTrainedModel:
+def read_weights(folder: Path, name: str, dtype: torch.dtype, progress: Progress) -> PreTrainedModel:
     """The module with our attention, on the CPU. Raises ConfigError when a parameter is not in the files, which
-    transformers would make up, or has another shape there."""
-    with told_as(f"{folder} cannot be loaded"), loading_progress(progress):
+    transformers would make up, or has another shape there; IncompatibleNode when the model picks its attention from a
+    table of its own.
+
+    Experts are left to transformers' choice, grouped matrix products where the device has them: each token's result is
+    that of its own experts, whoever else is in the batch, and no weights are copied."""
+    with told_as(f"{folder} cannot be loaded"), own_table_refused(name), loading_progress(progress):
         module, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -86,6 +91,17 @@ def read_weights(folder: Path, dtype: torch.dtype, progress: Progress) -> PreTra
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     return module
+
+
+@contextmanager
+def own_table_refused(name: str) -> Iterator[None]:
+    """Older models look their attention up in a table of their own, where ours is not."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise
+        raise IncompatibleNode(f"{name} cannot be served: {OWN_ATTENTION}") from error
 
 
 @contextmanager

@@ -30,6 +30,7 @@ REACH = 2**20  # mask rules are compared up to this position
 EXACT = 1e-3  # fp32, in deviations: rounding is far below
 KEYS_ROUNDED, LOGITS_ROUNDED = 0.05, 0.3  # half precisions, where an error grows from layer to layer
 
+NOT_NUMBERS = "computes what are not numbers"
 HEEDED = {"scaling", "sliding_window", "softcap", "s_aux", "dropout"}  # by paged_attention, or without meaning here
 MEANINGLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_router_logits"}
 
@@ -52,7 +53,7 @@ class Watch:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        **told: object,
+        told: dict[str, object],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The model's own attention in fp32, after ours has been compared to it. Raises IncompatibleNode."""
         layer = getattr(module, "layer_idx", None)
@@ -69,6 +70,8 @@ class Watch:
         window = told.get("sliding_window")
         check_rule(rule, window, layer)
         wide = [tensor.float() for tensor in (query, key, value)]
+        if not all(tensor.isfinite().all() for tensor in wide):
+            raise IncompatibleNode(f"{NOT_NUMBERS} in layer {layer}; try another --dtype than {self.layout.dtype}")
         theirs, weights = own_attention(module)(module, *wide, mask.float(), **told)
         ours, _ = paged_attention(module, *wide, None, paged_batch=self.batch, **told)
         if not apart(ours, theirs) < EXACT:
@@ -93,9 +96,17 @@ class Watch:
 
 
 def watched_attention(
-    module: torch.nn.Module, *tensors: torch.Tensor, watch: Watch, **told: object
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    watch: Watch | None = None,
+    **told: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return watch.attend(module, *tensors, **told)
+    if watch is None:
+        raise IncompatibleNode("does not pass keywords on to its attention, so that it would not know its batch")
+    return watch.attend(module, query, key, value, attention_mask, told)
 
 
 def watched_mask(*, mask_function: MaskRule, use_vmap: bool = False, **told: object) -> torch.Tensor:
@@ -173,41 +184,49 @@ def plan_of(rows: list[tuple[list[int], int, list[int]]]) -> StepPlan:
 @torch.inference_mode()
 def self_check(module: PreTrainedModel, layout: BlockLayout, vocab_size: int) -> None:
     """Raises IncompatibleNode, by name and with the reason, for a model that paged attention would get wrong."""
+    try:
+        run_twice(module, layout, vocab_size)
+    except IncompatibleNode as error:
+        raise IncompatibleNode(f"{type(module).__name__} cannot be served: it {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise IncompatibleNode(
+            f"{type(module).__name__} cannot be served: it fails when its attention is paged: {reason}"
+        ) from error
+
+
+def run_twice(module: PreTrainedModel, layout: BlockLayout, vocab_size: int) -> None:
     device, dtype = next(module.parameters()).device, getattr(torch, layout.dtype)
     tokens = [(7919 * (i + 1)) % vocab_size for i in range(2 * LENGTH)]
     known, stranger = tokens[:LENGTH], tokens[LENGTH:]
     blocks = -(-LENGTH // layout.block_size)
-    tables = [list(range(blocks)), list(range(blocks, 2 * blocks))]
+    mine, others = list(range(blocks)), list(range(blocks, 2 * blocks))
     pool32 = torch.zeros(2 * blocks, *layout.shape, device=device)
-    try:
-        inputs = lay_out(plan_of([(known, 0, tables[0])]), pool32, Workspace())
-        watch = Watch(layout, pool32, inputs.batch)
-        with attending_by(module, CHECK_NAME):
-            expected = module(input_ids=inputs.tokens, use_cache=False, watch=watch).logits[0, -TAIL:]
-        if len(watch.layers_seen) != layout.layers:
-            raise IncompatibleNode(
-                f"calls its attention in {len(watch.layers_seen)} of its {layout.layers} layers, so its KV cannot be paged"
-            )
-        if not expected.isfinite().all():
-            raise IncompatibleNode(f"gives logits that are not numbers in {layout.dtype}; try another --dtype")
-        pool = pool32.to(dtype)
-        rows = [(stranger, 0, tables[1]), (known[-TAIL:], LENGTH - TAIL, tables[0])]
-        inputs = lay_out(plan_of(rows), pool, Workspace())
-        ends = torch.arange(LENGTH, LENGTH + TAIL, device=device)
-        got = module(
-            input_ids=inputs.tokens,
-            position_ids=inputs.positions,
-            use_cache=False,
-            logits_to_keep=ends,
-            paged_batch=inputs.batch,
-        ).logits[0]
-        if got.shape != expected.shape:
-            raise IncompatibleNode(f"gives logits {tuple(got.shape)} when asked for {TAIL} tokens' (logits_to_keep)")
-        exact = layout.dtype == "float32"
-        mine = tables[0]
-        if not apart(pool[mine, :, 0], pool32[mine, :, 0]) < (EXACT if exact else KEYS_ROUNDED):
-            raise IncompatibleNode("gives a token other keys at the same position when it is computed after a prefix")
-        if not apart(got, expected) < (EXACT if exact else LOGITS_ROUNDED):
-            raise IncompatibleNode("gives a token other logits when it is computed after a prefix, beside another row")
-    except IncompatibleNode as error:
-        raise IncompatibleNode(f"{type(module).__name__} cannot be served: it {error}") from error
+    inputs = lay_out(plan_of([(known, 0, mine)]), pool32, Workspace())
+    watch = Watch(layout, pool32, inputs.batch)
+    with attending_by(module, CHECK_NAME):
+        expected = module(input_ids=inputs.tokens, use_cache=False, watch=watch).logits[0, -TAIL:]
+    if len(watch.layers_seen) != layout.layers:
+        raise IncompatibleNode(
+            f"calls its attention in {len(watch.layers_seen)} of its {layout.layers} layers, so its KV cannot be paged"
+        )
+    if not expected.isfinite().all():
+        raise IncompatibleNode(f"{NOT_NUMBERS} at its end; try another --dtype than {layout.dtype}")
+
+    pool = pool32.to(dtype, copy=True)
+    rows = [(stranger, 0, others), (known[-TAIL:], LENGTH - TAIL, mine)]
+    inputs = lay_out(plan_of(rows), pool, Workspace())
+    got = module(
+        input_ids=inputs.tokens,
+        position_ids=inputs.positions,
+        use_cache=False,
+        logits_to_keep=torch.arange(LENGTH, LENGTH + TAIL, device=device),
+        paged_batch=inputs.batch,
+    ).logits[0]
+    if got.shape != expected.shape:
+        raise IncompatibleNode(f"gives logits {tuple(got.shape)} when asked for those of {TAIL} tokens")
+    exact = layout.dtype == "float32"
+    if not apart(pool[mine, :, 0], pool32[mine, :, 0]) < (EXACT if exact else KEYS_ROUNDED):
+        raise IncompatibleNode("gives a token other keys at the same position when it is computed after a prefix")
+    if not apart(got, expected) < (EXACT if exact else LOGITS_ROUNDED):
+        raise IncompatibleNode("gives a token other logits when it is computed after a prefix, beside another row")

@@ -139,12 +139,12 @@ CONFIGS: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
 }
 
 
-def tiny_config(arch: str, **special_ids: int) -> transformers.PreTrainedConfig:
-    """The configuration of `arch`, float32. Embeddings are tied unless SPECIALS says otherwise."""
+def tiny_config(arch: str, **changes: object) -> transformers.PreTrainedConfig:
+    """The configuration of `arch`, float32. Embeddings are tied unless SPECIALS or `changes` say otherwise."""
     if arch not in CONFIGS:
         raise ValueError(f"{arch} is none of {', '.join(CONFIGS)}")
-    told = {"tie_word_embeddings": True, **SHAPE, **SPECIALS[arch]}
+    told = {"tie_word_embeddings": True, **SHAPE, **SPECIALS[arch], **changes}
     told = {key: value for key, value in told.items() if value is not None}
     if arch == "gpt2":
         told = {OWN_NAMES.get(key, key): value for key, value in told.items()}
-    return CONFIGS[arch](vocab_size=VOCAB_SIZE, dtype="float32", **told, **special_ids)
+    return CONFIGS[arch](vocab_size=VOCAB_SIZE, dtype="float32", **told)

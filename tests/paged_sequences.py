@@ -45,7 +45,8 @@ class Paged:
                 self._expected.append(reference(ids, attention_mask=torch.ones_like(ids)).logits[0])
 
     def _fresh_pool(self, num_blocks: int) -> None:
-        self.pool = torch.full((num_blocks, *self._model.layout.shape), float("nan"))
+        dtype = getattr(torch, self._model.layout.dtype)
+        self.pool = torch.full((num_blocks, *self._model.layout.shape), float("nan"), dtype=dtype)
         self._runner = Runner(self._model, self.pool)
         order = iter(torch.randperm(num_blocks, generator=self._generator).tolist())
         self.tables = [[next(order) for _ in range(-(-len(tokens) // BLOCK))] for tokens in self.tokens]
@@ -73,7 +74,7 @@ class Paged:
             rows.append((index, tokens, start, self.tables[index], True))
             expected.append(self._expected[index][end - 1])
             self.done[index] = end
-        got, want = self._runner.logits(plan_of(rows)), torch.stack(expected)
+        got, want = self._runner.logits(plan_of(rows)).float(), torch.stack(expected)
         assert got.shape == want.shape
         off = ((got - want).abs().amax(1) / want.std(dim=1)).nan_to_num(nan=float("inf"))
         return off.max().item()
