@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
@@ -35,11 +35,14 @@ def find_folder(model: str, revision: str | None) -> Path:
         return path
     at = "" if revision is None else f" at revision {revision}"
     with told_as(f"{model!r} is neither a folder nor a model that the hub gives{at}"):
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)
-            )
+        folder = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=list(WANTED_FILES),
+            ignore_patterns=list(UNWANTED_FILES),
+            local_files_only=constants.HF_HUB_OFFLINE,  # older versions look a commit's files up even then
         )
+    return Path(folder)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

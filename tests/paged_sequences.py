@@ -63,8 +63,12 @@ class Paged:
             self.done[index] = done // BLOCK * BLOCK
 
     def step(self, **counts: int) -> float:
-        """Compute the next `s0=3` tokens of sequence 0, and so on, in one forward. How far the logits after each row's
-        last token are from the reference's, in deviations of those; infinite for NaN."""
+        """Compute the next `s0=3` tokens of sequence 0, and so on, in one forward. How far the logits after a row's
+        last token are from the reference's at most."""
+        return max(self.errors(**counts))
+
+    def errors(self, **counts: int) -> list[float]:
+        """The same for each row: the largest difference, in deviations of its logits; infinite for NaN."""
         rows, expected = [], []
         for key, count in counts.items():
             index = int(key[1:])
@@ -77,7 +81,7 @@ class Paged:
         got, want = self._runner.logits(plan_of(rows)).float(), torch.stack(expected)
         assert got.shape == want.shape
         off = ((got - want).abs().amax(1) / want.std(dim=1)).nan_to_num(nan=float("inf"))
-        return off.max().item()
+        return off.tolist()
 
 
 def greedy(model: LoadedModel, prompt: list[int], max_tokens: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from statistics import median
 
 import huggingface_hub.constants
 import pytest
@@ -21,8 +22,9 @@ from kvferry.kernels.packed_linear import PackedLinear, can_pack
 
 INDEX = "model.safetensors.index.json"
 HALVES = ("bfloat16", "float16")
-# How far logits may be from fp32's, in deviations: twice the worst that was seen.
-ROUNDED = {"bfloat16": 0.5, "float16": 0.06}
+# How far a row's logits may be from fp32's, in deviations, in half of the rows: now and then a router, rounded, picks
+# another expert. About three times the worst that was seen.
+ROUNDED = {"bfloat16": 0.4, "float16": 0.05}
 
 
 @pytest.fixture(autouse=True)
@@ -165,10 +167,11 @@ def test_half_precision(checkpoint_folders, references, arch, dtype):
     model = load(checkpoint_folders[arch], dtype=dtype)
     assert model.layout.dtype == dtype
     assert model.module.dtype == getattr(torch, dtype)
-    batch = Paged(model, references[arch], [60, 20])
-    off = batch.step(s0=48, s1=20)
+    batch = Paged(model, references[arch], [60, 40, 50, 20, 33])
+    before = batch.errors(s0=48, s1=39, s2=17, s3=20, s4=33)
     batch.pull_into_another_pool()
-    assert max(off, batch.step(s0=9)) < ROUNDED[dtype]
+    after = batch.errors(s0=1, s1=8, s2=9, s3=4, s4=1)
+    assert max(map(median, (before, after))) < ROUNDED[dtype]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
