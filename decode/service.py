@@ -93,7 +93,7 @@ class Continuation:
             tokens = pb.Tokens(
                 token_ids=[event.token],
                 finish_reason=event.finish_reason,
-                choice=event.choice,
+                choice=event.seq.params.choice,
                 logprobs=[logprobs_to_wire(event.logprobs)] if event.logprobs else [],
             )
             self._outbox.put_nowait(pb.ContinueEvent(tokens=tokens))

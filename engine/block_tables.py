@@ -30,7 +30,7 @@ class BlockTables:
         self._fit(index + 1)
         self._blocks[row, index] = block
 
-    def gather(self, rows: list[int], pages: int) -> np.ndarray:
+    def gather(self, rows: np.ndarray, pages: int) -> np.ndarray:
         """A copy of the first `pages` entries of some rows: `[len(rows), pages]`."""
         self._fit(pages)
         return self._blocks[rows, :pages]

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, Internal, InvalidRequest, KvferryError, Unavailable
@@ -19,22 +18,15 @@ from kvferry.engine.model import LoadedModel
 from kvferry.engine.page_pool import PagePool
 from kvferry.engine.runner import Runner
 from kvferry.engine.scheduler import Scheduler
-from kvferry.engine.sequence import Sequence, Status, TokenEvent
+from kvferry.engine.sequence import Sequence, Sink, Status
 
 log = logging.getLogger(__name__)
 
 Restore = Callable[[Sequence], Awaitable[None]]
-Sink = Callable[[TokenEvent], None]
 RATE_MEMORY = 0.8  # weight of the past in the measured prefill rate
 
 
-@dataclass(slots=True, eq=False)
-class Stream:
-    """One request in the engine: its sequences that are not finished, and who is told what steps do for them."""
-
-    sink: Sink
-    members: dict[int, Sequence]
-    calls: asyncio.Queue[tuple[Sequence, int] | KvferryError | None]  # admitted for the nth time; failed; finished
+Call = tuple[Sequence, int] | KvferryError | None  # a sequence was admitted for the nth time; failed; all finished
 
 
 class Engine:
@@ -51,7 +43,7 @@ class Engine:
         self.prefill_tokens_per_s = 0.0
         self._runner = Runner(model, self.memory.tensor)
         self._next_id = 1
-        self._streams: dict[int, Stream] = {}  # by the sequences' group
+        self._calls: dict[int, asyncio.Queue[Call]] = {}  # by the sequences' group
         self._wake = asyncio.Event()
         self._stopping = False
         self._changed: list[Callable[[], None]] = []
@@ -121,11 +113,12 @@ class Engine:
         """
         if self._stopping:
             raise Unavailable("this node is shutting down")
+        seq.sink = sink
         self.scheduler.add(seq)
-        stream = self._streams[seq.group] = Stream(sink, {seq.id: seq}, asyncio.Queue())
+        calls = self._calls[seq.group] = asyncio.Queue()
         try:
             self._admit()
-            while (call := await stream.calls.get()) is not None:
+            while (call := await calls.get()) is not None:
                 if isinstance(call, KvferryError):
                     raise call
                 member, admission = call
@@ -135,8 +128,8 @@ class Engine:
                     self.scheduler.start(member)
                     self._wake.set()
         finally:
-            del self._streams[seq.group]
-            for member in list(stream.members.values()):
+            del self._calls[seq.group]
+            for member in self.scheduler.members(seq.group):
                 self.scheduler.withdraw(member)
             self._admit()
 
@@ -149,7 +142,7 @@ class Engine:
     def _admit(self) -> None:
         self._admitting = False
         for seq in self.scheduler.admit():
-            self._streams[seq.group].calls.put_nowait((seq, seq.admissions))
+            self._calls[seq.group].put_nowait((seq, seq.admissions))
         self._tell()
 
     def _tell(self) -> None:
@@ -181,22 +174,15 @@ class Engine:
 
     def _take_in(self, outcome: Outcome) -> None:
         """Tell the streams what a step did; those whose last sequence has come to its end are over."""
-        for event in self.scheduler.finish_step(outcome):
-            seq = event.seq
-            stream = self._streams[seq.group]
-            stream.members[seq.id] = seq
-            stream.sink(event)
-            if seq.status is Status.FINISHED:
-                self.scheduler.withdraw(seq)
-                stream.members.pop(seq.id, None)
-                if not stream.members:
-                    stream.calls.put_nowait(None)
+        for seq in self.scheduler.finish_step(outcome):
+            self.scheduler.withdraw(seq)
+            if not self.scheduler.members(seq.group):
+                self._calls[seq.group].put_nowait(None)
 
     def _fail(self) -> None:
         for seq in self.scheduler.abandon_step():
-            self._streams[seq.group].calls.put_nowait(
-                Internal("the model failed on this request; the node's log has the cause")
-            )
+            cause = Internal("the model failed on this request; the node's log has the cause")
+            self._calls[seq.group].put_nowait(cause)
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:
         """Keep the rate of steps that are mostly prefill; what placement reckons with."""
@@ -213,6 +199,6 @@ class Engine:
         """End the loop and every stream that is still open."""
         self._stopping = True
         self._wake.set()
-        for stream in self._streams.values():
-            stream.calls.put_nowait(Unavailable("this node is shutting down"))
+        for calls in self._calls.values():
+            calls.put_nowait(Unavailable("this node is shutting down"))
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -72,9 +72,9 @@ class Tenants:
             return lines[0] if lines else None
         return min(lines, key=lambda tenant: (tenant.ahead, tenant.waiting[0].id))
 
-    def charge(self, names: Iterable[str], tokens: Iterable[int]) -> None:
-        """Count tokens that a step computed, for the tenants named beside them."""
-        for name, count in zip(names, tokens, strict=True):
+    def charge(self, tokens: Mapping[str, int]) -> None:
+        """Count tokens that a step computed, by tenant."""
+        for name, count in tokens.items():
             tenant = self._tenants[name]
             tenant.served += count / tenant.weight
 

@@ -2,25 +2,26 @@
 
 A sequence is admitted when the pool has blocks for all its tokens and one more; then it is restored (its prefix
 pulled), then it runs. Tenants share by weight: who is admitted next, and whose tokens a step computes, is for
-fairness.py to say; who is pushed out when places or blocks run short, for preemption.py. Whoever grows at a full pool computes a token in that
-very step, and nobody is pushed out for a newcomer twice in a row: each preemption is paid by progress, nothing wedges.
+fairness.py to say; who is pushed out when places or blocks run short, for preemption.py. Whoever grows at a full pool
+computes a token in that very step, and nobody is pushed out for a newcomer twice in a row: each preemption is paid by
+progress, and nothing wedges.
 """
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice, repeat
-
-import numpy as np
 
 from kvferry.common.errors import InvalidRequest, Overloaded
 from kvferry.common.sampling import TokenLogprobs
-from kvferry.engine.batch import Draw, Outcome, Score, StepPlan
+from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.block_tables import BlockTables
 from kvferry.engine.fairness import RANK, Tenant, Tenants
 from kvferry.engine.page_pool import PagePool
 from kvferry.engine.preemption import blocks_of, victim_for_growth, victims_for_admission
+from kvferry.engine.rows import Rows
 from kvferry.engine.sequence import Sequence, Status, TokenEvent
+from kvferry.engine.step import Step, draws_of, make_plan, scores_of
 
 
 class Scheduler:
@@ -31,11 +32,14 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_waiting = max_waiting
         self._sequences: dict[int, Sequence] = {}
-        self._running: dict[int, Sequence] = {}
+        # Those that run: with one token to compute, and one choice; with more.
+        self._decoding: dict[int, Sequence] = {}
+        self._extending: dict[int, Sequence] = {}
+        self._rows: Rows | None = None  # of all that are decoding, where that has not changed
         self._tenants = Tenants()
         self._tables = BlockTables()
         self._places = 0  # taken by active sequences; one that will fork into n takes n
-        self._step: list[tuple[Sequence, int, int]] = []  # in flight: sequence, where its row ends, its draws
+        self._step: Step | None = None  # in flight
         self._left: Counter[int] = Counter()  # blocks that the step copies from, held until it is done
         self.num_preemptions = 0
 
@@ -136,39 +140,65 @@ class Scheduler:
         """A restored sequence may run from here on."""
         if seq.status is Status.RESTORING:
             seq.status = Status.RUNNING
-            self._running[seq.id] = seq
+            self._run(seq)
+
+    def _run(self, seq: Sequence) -> None:
+        """Put a running sequence among those that decode, or those that have more to compute."""
+        if len(seq.token_ids) - seq.num_computed == 1 and seq.params.n == 1:
+            self._extending.pop(seq.id, None)
+            self._decoding[seq.id] = seq
+            self._rows = None
+            seq.set_due()
+        else:
+            self._extending[seq.id] = seq
+
+    def members(self, group: int) -> list[Sequence]:
+        """The sequences that a request has become and that have not been withdrawn."""
+        return [seq for seq in self._sequences.values() if seq.group == group]
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """The next step: one row for each sequence that has one token to compute, then chunks of those that have
         more, within the token budget. None when there is nothing to run. Not while a step is in flight."""
-        if self._step:
+        if self._step is not None:
             raise AssertionError("a step is in flight")
-        chosen = self._choose()
-        copies = self._reach(chosen)
-        step = [(seq, end) for seq, end in chosen if seq.status is Status.RUNNING]
-        if not step:
-            self._end_step()
+        rows, chunks = self._choose()
+        copies = self._reach(rows, chunks)
+        if not all(seq.status is Status.RUNNING for seq in rows.seqs):
+            rows = Rows([seq for seq in rows.seqs if seq.status is Status.RUNNING])
+        chunks = [(seq, end) for seq, end in chunks if seq.status is Status.RUNNING]
+        if not rows.seqs and not chunks:
+            self._let_copied_go()
             return None
-        return self._plan(step, copies)
+        self._step = Step(rows, chunks)
+        for seq in self._step.seqs:
+            seq.in_flight = True
+        return make_plan(self._step, self._tables, copies)
 
-    def _choose(self) -> list[tuple[Sequence, int]]:
-        """Who runs, and up to which token."""
-        decoding, extending = [], []
-        for seq in self._running.values():
-            (extending if len(seq.token_ids) - seq.num_computed > 1 else decoding).append(seq)
-        if not extending and len(decoding) <= self._budget:
-            return [(seq, len(seq.token_ids)) for seq in decoding]
-        extending.sort(key=RANK)
-        budgets = self._budgets(decoding + extending)
-        chosen = []
-        for seq in decoding + extending:
+    def _choose(self) -> tuple[Rows, list[tuple[Sequence, int]]]:
+        """Who decodes, and who computes a chunk, up to which token."""
+        if self._rows is None:
+            self._rows = Rows(list(self._decoding.values()))
+        if not self._extending and len(self._decoding) <= self._budget:
+            return self._rows, []
+        extending = sorted(self._extending.values(), key=RANK)
+        budgets = self._budgets([*self._decoding.values(), *extending])
+        decoding = []
+        for seq in self._decoding.values():
+            if budgets[seq.tenant] > 0:
+                budgets[seq.tenant] -= 1
+                decoding.append(seq)
+        chunks = []
+        for seq in extending:
             if (budget := budgets[seq.tenant]) > 0:
                 end = seq.next_chunk(budget)
                 budgets[seq.tenant] -= end - seq.num_computed
-                chosen.append((seq, end))
-        return chosen
+                chunks.append((seq, end))
+        if len(decoding) == len(self._decoding):
+            return self._rows, chunks
+        self._rows = None
+        return Rows(decoding), chunks
 
     def _budgets(self, seqs: list[Sequence]) -> Counter[str]:
         wanted: Counter[str] = Counter()
@@ -176,10 +206,11 @@ class Scheduler:
             wanted[seq.tenant] += len(seq.token_ids) - seq.num_computed
         return self._tenants.split(self._budget, wanted)
 
-    def _reach(self, chosen: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
+    def _reach(self, rows: Rows, chunks: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
         """Make the block tables cover what will be computed, each in a block of its own, pushing sequences out if need
         be; the (from, to) copies that this takes. The smallest holders go first, so that the others pay."""
-        short = [(s, end) for s, end in chosen if len(s.block_table) * s.block_size < end or s.shares_tail]
+        short = [(seq, len(seq.token_ids)) for seq in rows.short()]
+        short += [(s, end) for s, end in chunks if len(s.block_table) * s.block_size < end or s.shares_tail]
         if not short:
             return []
         short.sort(key=lambda pair: pair[0].rank)
@@ -195,6 +226,7 @@ class Scheduler:
                     seq.block_table.append(block)
             if seq.status is Status.RUNNING and seq.shares_tail and (pair := self._own_tail(seq)):
                 copies.append((seq, pair))
+        rows.refit()
         return [pair for seq, pair in copies if seq.status is Status.RUNNING]
 
     def _own_tail(self, seq: Sequence) -> tuple[int, int] | None:
@@ -222,105 +254,92 @@ class Scheduler:
                 return None
         return blocks[0]
 
-    def _plan(self, step: list[tuple[Sequence, int]], copies: list[tuple[int, int]]) -> StepPlan:
-        token_ids: list[int] = []
-        draws: list[Draw] = []
-        draw_rows: list[int] = []
-        for row, (seq, end) in enumerate(step):
-            seq.in_flight = True
-            token_ids += seq.token_ids[seq.num_computed : end]
-            count = 0
-            if end == len(seq.token_ids) and not seq.first_tokens:
-                count = len(seq.draws)
-                draws += seq.draws
-                draw_rows += [row] * count
-            self._step.append((seq, end, count))
-        scores = [
-            Score(row, seq.scored - seq.num_computed, asked, seq.params.prompt_logprobs or 0)
-            for row, (seq, end) in enumerate(step)
-            if seq.params.prompt_logprobs is not None and (asked := seq.to_score(end))
-        ]
-        ends = np.array([end for _, end in step])
-        positions = np.array([seq.num_computed for seq, _ in step])
-        pages = -(-int(ends.max()) // step[0][0].block_size)
-        return StepPlan(
-            seq_ids=[seq.id for seq, _ in step],
-            token_ids=np.array(token_ids),
-            positions=positions,
-            lengths=ends - positions,
-            tables=self._tables.gather([seq.table_row for seq, _ in step], pages),
-            draw_rows=np.array(draw_rows, dtype=np.int64),
-            draws=draws,
-            copies=np.array(copies, dtype=np.int64).reshape(-1, 2),
-            scores=scores,
-        )
+    def finish_step(self, outcome: Outcome) -> list[Sequence]:
+        """Take a step's outcome in, and tell each sequence's sink. Returns those that came to their end, which keep
+        their blocks until they are withdrawn.
 
-    def finish_step(self, outcome: Outcome) -> list[TokenEvent]:
-        """Take a step's outcome in: what it did for each sequence, in order. Who has come to its end is finished then.
-
-        Sequences that were withdrawn during the step give their blocks back and are left out.
+        Sequences that were withdrawn during the step give their blocks back and are not told.
         """
         step = self._end_step()
-        self._tenants.charge((seq.tenant for seq, _, _ in step), (end - seq.num_computed for seq, end, _ in step))
-        events: list[TokenEvent] = []
-        drawn = zip(outcome.tokens, outcome.logprobs or repeat(None), strict=False)
-        scores = iter(outcome.prompt_logprobs)
-        for seq, end, count in step:
-            told = next(scores) if seq.params.prompt_logprobs is not None and seq.to_score(end) else ()
-            tokens = list(islice(drawn, count))
+        self._tenants.charge(step.tokens_by_tenant())
+        finished: list[Sequence] = []
+        told = outcome.logprobs or repeat(None)
+        drawn = iter(zip(outcome.tokens, told, strict=False))
+        for seq, (token, logprobs) in zip(step.rows.seqs, drawn, strict=False):
             if seq.withdrawn:
                 self.withdraw(seq)
                 continue
-            first = seq.blocks_computed
-            seq.advance(end - seq.num_computed)
-            for index in range(first, seq.blocks_computed):
-                self._pool.name(seq.block_table[index], seq.names[index])
-            seq.scored += len(told)
-            if count == 0:
-                events.append(TokenEvent(seq, seq.params.choice, prompt_logprobs=told))
-                if seq.first_tokens and seq.num_computed == len(seq.token_ids):
-                    events += self._fork_known(seq)
-            elif count == 1:
-                events.append(self._take_token(seq, *tokens[0], told))
-            elif seq.generated_here + 1 >= seq.limit:
-                events += self._end_with_choices(seq, tokens, told)
+            seq.num_computed += 1
+            seq.token_ids.append(token)
+            reason = None
+            if len(seq.token_ids) >= seq.due or token in seq.stop_ids:
+                reason = self._mark(seq, token, finished)
+            seq.sink(TokenEvent(seq, token, reason, logprobs))
+        if step.rows is self._rows:
+            self._rows.advance(outcome.tokens[: len(step.rows.seqs)])
+        else:
+            self._rows = None
+        scores = iter(outcome.prompt_logprobs)
+        for seq, end in step.chunks:
+            scored = next(scores) if scores_of(seq, end) else ()
+            tokens = list(islice(drawn, draws_of(seq, end)))
+            if seq.withdrawn:
+                self.withdraw(seq)
             else:
-                events += [
-                    self._take_token(one, *drawn_token, told if one is seq else ())
-                    for one, drawn_token in zip(self._fork(seq, range(count)), tokens, strict=True)
-                ]
-        return events
+                self._take_chunk(seq, end, tokens, scored, finished)
+        return finished
 
-    def _take_token(
-        self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, told: tuple[TokenLogprobs, ...]
-    ) -> TokenEvent:
-        seq.append(token)
-        seq.generated_here += 1
+    def _mark(self, seq: Sequence, token: int, finished: list[Sequence]) -> str | None:
+        """A sequence has got `token`, and has filled a block, or may have come to its end: why, if the answer has."""
+        self._name_blocks(seq, seq.num_computed - 1)
+        seq.set_due()
         reason = seq.finish_reason(token)
-        if reason or seq.generated_here >= seq.limit:
+        if reason or len(seq.token_ids) >= seq.end_len:
             self._finish(seq)
-        return TokenEvent(seq, seq.params.choice, token, reason, logprobs, told)
+            finished.append(seq)
+        return reason
 
-    def _end_with_choices(
-        self, seq: Sequence, tokens: list[tuple[int, TokenLogprobs | None]], told: tuple[TokenLogprobs, ...]
-    ) -> list[TokenEvent]:
-        """The last token here, of each choice: there is nothing to fork for."""
-        choices = [draw.params.choice for draw in seq.draws]
-        seq.append(tokens[0][0])
-        seq.generated_here += 1
-        self._finish(seq)
-        return [
-            TokenEvent(seq, choice, token, seq.finish_reason(token), logprobs, told if choice == choices[0] else ())
-            for choice, (token, logprobs) in zip(choices, tokens, strict=True)
-        ]
+    def _name_blocks(self, seq: Sequence, before: int) -> None:
+        """The blocks that were filled since `before` tokens were computed can be found from now on."""
+        seq.extend_names()
+        for index in range(before // seq.block_size, seq.blocks_computed):
+            self._pool.name(seq.block_table[index], seq.names[index])
 
-    def _fork_known(self, seq: Sequence) -> list[TokenEvent]:
+    def _take_chunk(
+        self,
+        seq: Sequence,
+        end: int,
+        tokens: list[tuple[int, TokenLogprobs | None]],
+        scored: Collection[TokenLogprobs],
+        finished: list[Sequence],
+    ) -> None:
+        """A sequence has computed up to token `end`, and got one for each choice if that was the last known one."""
+        before = seq.num_computed
+        seq.advance(end - before)
+        self._name_blocks(seq, before)
+        seq.scored += len(scored)
+        if not tokens:
+            seq.sink(TokenEvent(seq, prompt_logprobs=scored))
+            if seq.first_tokens and seq.num_computed == len(seq.token_ids):
+                self._fork_known(seq)
+            else:
+                self._run(seq)
+            return
+        branches = self._fork(seq, range(len(tokens))) if len(tokens) > 1 else [seq]
+        for branch, (token, logprobs) in zip(branches, tokens, strict=True):
+            branch.token_ids.append(token)
+            reason = self._mark(branch, token, finished)
+            if branch.status is Status.RUNNING:
+                self._run(branch)
+            branch.sink(TokenEvent(branch, token, reason, logprobs, scored if branch is seq else ()))
+
+    def _fork_known(self, seq: Sequence) -> None:
         """Its choices go on from first tokens that somebody else has chosen, and told."""
         known = seq.first_tokens
         branches = self._fork(seq, [choice - seq.params.choice for choice, _ in known])
         for branch, (_, token) in zip(branches, known, strict=True):
             branch.append(token)
-        return [TokenEvent(branch, branch.params.choice) for branch in branches[1:]]
+            self._run(branch)
 
     def _fork(self, seq: Sequence, offsets: Iterable[int]) -> list[Sequence]:
         """Split a running sequence into choices, the first of which it is itself. All stand in the same blocks; the
@@ -331,7 +350,7 @@ class Scheduler:
         branches = [seq.fork(offset) for offset in others]
         seq.become(first)
         for branch in branches:
-            self._sequences[branch.id] = self._running[branch.id] = branch
+            self._sequences[branch.id] = branch
             self._pool.hold(branch.block_table)
             self._seat(branch, self._tenants[branch.tenant])
         return [seq, *branches]
@@ -339,7 +358,7 @@ class Scheduler:
     def abandon_step(self) -> list[Sequence]:
         """The step failed: its sequences are finished. Those that were not withdrawn meanwhile."""
         failed = []
-        for seq, _, _ in self._end_step():
+        for seq in self._end_step().seqs:
             self._finish(seq)
             if seq.withdrawn:
                 self.withdraw(seq)
@@ -347,14 +366,19 @@ class Scheduler:
                 failed.append(seq)
         return failed
 
-    def _end_step(self) -> list[tuple[Sequence, int, int]]:
-        step, self._step = self._step, []
-        for seq, _, _ in step:
+    def _end_step(self) -> Step:
+        step, self._step = self._step, None
+        if step is None:
+            raise AssertionError("no step is in flight")
+        for seq in step.seqs:
             seq.in_flight = False
+        self._let_copied_go()
+        return step
+
+    def _let_copied_go(self) -> None:
         if self._left:
             left, self._left = self._left, Counter()
             self._pool.release(list(left.elements()))
-        return step
 
     # -- leaving ------------------------------------------------------------------------------------------------------
 
@@ -392,7 +416,9 @@ class Scheduler:
         """Give back its place among the active ones."""
         self._tables.give(seq.table_row)
         seq.table_row = -1
-        self._running.pop(seq.id, None)
+        if self._decoding.pop(seq.id, None) is not None:
+            self._rows = None
+        self._extending.pop(seq.id, None)
         del self._tenants[seq.tenant].active[seq.id]
         self._places -= seq.params.n
 
@@ -409,8 +435,13 @@ class Scheduler:
         active = self.of(Status.RESTORING, Status.RUNNING)
         if self._places != sum(seq.params.n for seq in active):
             raise AssertionError(f"{self._places} places are taken by {len(active)} active sequences")
-        if [*sorted(self._running)] != [seq.id for seq in active if seq.status is Status.RUNNING]:
+        running = sorted([*self._decoding, *self._extending])
+        if running != [seq.id for seq in active if seq.status is Status.RUNNING]:
             raise AssertionError("the running sequences are not those whose state says so")
+        if self._rows is not None:
+            self._rows.check_integrity()
+            if self._rows.seqs != list(self._decoding.values()):
+                raise AssertionError("the decoding rows are of other sequences")
         self._tenants.check_integrity(self._sequences.values())
         for seq in self._sequences.values():
             held = len(seq.block_table)
@@ -418,7 +449,7 @@ class Scheduler:
                 (seq.status is Status.WAITING and held and "waits and holds blocks")
                 or (len(set(seq.block_table)) != held and "holds a block twice")
                 or (held * seq.block_size < seq.num_computed and "has computed more than it holds")
-                or (len(seq.names) != len(seq.token_ids) // seq.block_size and "has unnamed full blocks")
+                or (len(seq.names) < seq.reuse_cap and "has unnamed full blocks")
                 or (self._tables.differs(seq.table_row, seq.block_table) and "has another table in its row")
             )
             if problem:

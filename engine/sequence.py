@@ -1,13 +1,15 @@
 """One token stream's state in the engine."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
 from kvferry.common.hashing import BlockName, CacheScope
 from kvferry.common.sampling import SamplingParams, TokenLogprobs
 from kvferry.engine.batch import Draw
+
+Sink = Callable[["TokenEvent"], None]
 
 
 class Status(Enum):
@@ -30,6 +32,7 @@ class Sequence:
     `filled` holds the indices of blocks past `num_computed` whose KV is in place already.
     `names[i]` is the name of full block i; `block_table[i]` the pool block for tokens `16 i .. 16 i + 15`.
     `limit`: how many tokens to generate at most here (1 for a fill), besides what the parameters say.
+    `sink` is told what each step did for it.
     Of one tenant's sequences the lower `priority` goes first; `weight` is the tenant's share among tenants.
 
     With `params.n` > 1 it forks into n sequences of one choice each once its prompt is computed, itself the first;
@@ -49,6 +52,7 @@ class Sequence:
     priority: int = 0
     weight: float = 1.0
     group: int = 0
+    sink: Sink = field(default=lambda event: None, repr=False)
     names: list[BlockName] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     filled: set[int] = field(default_factory=set)
@@ -58,7 +62,6 @@ class Sequence:
     admissions: int = 0
     in_flight: bool = False
     withdrawn: bool = False
-    generated_here: int = 0
     first_tokens: tuple[tuple[int, int], ...] = ()
     scored: int = 0  # prompt tokens whose log probability has been told, besides the first, which has none
     shares_tail: bool = False  # its last, partial block may stand in other tables too
@@ -66,15 +69,19 @@ class Sequence:
     tenant: str = field(init=False)
     block_size: int = field(init=False)
     draws: list[Draw] = field(init=False)  # one for each choice
-    stop_len: int = field(init=False)  # at this many tokens it ends, whatever they are
+    stop_len: int = field(init=False)  # at this many tokens the answer ends, whatever they are
+    end_len: int = 0  # and at this many the work here, if that is earlier
+    due: int = field(init=False)  # at this many tokens there is something to do besides going on
 
     def __post_init__(self) -> None:
         self.tenant = self.scope.keys.pseudonym
         self.block_size = self.scope.layout.block_size
         self.group = self.group or self.id
         self.stop_len = min(self.prompt_len + self.params.max_tokens, self.max_model_len)
+        self.end_len = self.end_len or min(self.stop_len, len(self.token_ids) + self.limit)
         self._make_draws()
         self.extend_names()
+        self.set_due()
 
     def _make_draws(self) -> None:
         first, n = self.params.choice, self.params.n
@@ -110,8 +117,13 @@ class Sequence:
 
     def append(self, token: int) -> None:
         self.token_ids.append(token)
-        if len(self.token_ids) % self.block_size == 0:
-            self.extend_names()
+        self.extend_names()
+        self.set_due()
+
+    def set_due(self) -> None:
+        """The next length at which, if it is decoding, a block has been filled or the end is reached."""
+        boundary = (max(len(self.token_ids) - 1, 0) // self.block_size + 1) * self.block_size + 1
+        self.due = min(self.end_len, boundary)
 
     def fill(self, index: int) -> None:
         """Block `index`, below the reuse cap, has its KV in place; step over it when its turn comes."""
@@ -158,7 +170,7 @@ class Sequence:
         self._make_draws()
 
     def finish_reason(self, token: int) -> str | None:
-        """Why `token`, already appended, ends the sequence: "stop", "length", or None."""
+        """Why `token`, already appended, ends the answer: "stop", "length", or None."""
         if token in self.stop_ids and len(self.token_ids) - self.prompt_len > self.params.min_tokens:
             return "stop"
         return "length" if len(self.token_ids) >= self.stop_len else None
@@ -166,13 +178,12 @@ class Sequence:
 
 @dataclass(slots=True)
 class TokenEvent:
-    """What a step did for one sequence: it computed something, and if it chose a token for `choice`, that is `token`.
+    """What a step did for one sequence: it computed something, and if it chose a token, that is `token`.
 
     `finish_reason` is set with the last token. `prompt_logprobs` are those of the prompt tokens that were scored.
     """
 
     seq: Sequence
-    choice: int
     token: int | None = None
     finish_reason: str | None = None
     logprobs: TokenLogprobs | None = None

@@ -62,7 +62,7 @@ class Node:
 
         def take(event):
             if event.token is not None:
-                tokens[event.choice].append(event.token)
+                tokens[event.seq.params.choice].append(event.token)
 
         await self.engine.generate(seq, restore or self.pull, take)
         return tokens

@@ -77,7 +77,7 @@ class World:
         params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, n=n)
         seq = Sequence(
             self.last_id + 1, "r", SCOPES[tenant], list(prompt), len(prompt), params, (STOP,), min(limit, max_tokens),
-            LONGEST, priority=priority, weight=weight,
+            LONGEST, priority=priority, weight=weight, sink=self.take,
         )  # fmt: skip
         self.scheduler.add(seq)
         self.last_id += n
@@ -167,11 +167,16 @@ class World:
             due = seq.params.n if end == len(seq.token_ids) and not seq.first_tokens else 0
             assert drawn == due
         tokens = [next_token(draw.token_ids, draw.params.choice) for draw in plan.draws]
-        for event in self.scheduler.finish_step(Outcome(tokens)):
-            self.take(event)
+        finished = self.scheduler.finish_step(Outcome(tokens))
+        assert all(seq.status is Status.FINISHED for seq in finished)
+        self.uncollected += finished
+        for seq in self.scheduler._sequences.values():
+            if seq.id not in self.live:  # it forked into known tokens, so nothing was told
+                self.live[seq.id] = seq
+                self.forks += 1
 
     def take(self, event) -> None:
-        seq, key = event.seq, (event.seq.group, event.choice)
+        seq, key = event.seq, (event.seq.group, event.seq.params.choice)
         if seq.id not in self.live:
             assert seq.id != seq.group, "a sequence that was withdrawn is told of"
             self.live[seq.id] = seq
@@ -184,7 +189,6 @@ class World:
             assert ended == (self.told[key] == self.expected[key]), "ended too early, or too late"
             if ended:
                 self.ended[key] += 1
-                self.uncollected.append(seq)
 
     def collect(self) -> None:
         """The streams of finished sequences close."""

@@ -47,9 +47,8 @@ class Place:
             scopes = {seq.id: seq.scope for seq in self.scheduler._sequences.values()}
             for seq_id, length in zip(plan.seq_ids, plan.lengths.tolist(), strict=True):
                 self.served[scopes[seq_id]] += length
-            for event in self.scheduler.finish_step(Outcome([1] * len(plan.draws))):
-                if event.seq.status is Status.FINISHED:
-                    self.scheduler.withdraw(event.seq)
+            for seq in self.scheduler.finish_step(Outcome([1] * len(plan.draws))):
+                self.scheduler.withdraw(seq)
         self.scheduler.check_integrity()
 
     def until_done(self, seq):
