@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from kvferry.kernels.reference import Ragged
 from kvferry.kernels.row_groups import DecodeRows, ExtendRow, decode_rows, extend_rows, mask_of_pieces
 
-GATHER_BYTES = 2**21  # of one group's keys, so that they are still in L2 when they are read
+GATHER_BYTES = 2**21  # for one group's keys, so that they are still in L2 when they are read
 PIECE = 256  # tokens of a row with a prefix that are attended to at once
 MOST_SCORES = 2**24  # at once, where all are kept (64 MiB)
 
@@ -87,7 +87,9 @@ class CpuAttention:
 
     def _lay_out(self, window: int | None, plain: bool, query: torch.Tensor) -> Rows:
         sizes = self._block_size, self._kv_heads
-        tile_bytes = self._block_size * self._head_dim * self._pool.element_size()
+        wide = torch.promote_types(query.dtype, torch.float32)
+        element_bytes = wide.itemsize + (self._pool.element_size() if wide is not self._pool.dtype else 0)
+        tile_bytes = self._block_size * self._head_dim * element_bytes
         piece = PIECE if plain else max(1, min(PIECE, MOST_SCORES // (query.shape[1] * self._longest)))
         extend = extend_rows(self._ragged, *sizes, window, piece, whole=plain)
         decode = decode_rows(self._ragged, *sizes, window, GATHER_BYTES // tile_bytes)

@@ -19,9 +19,9 @@ PAD_PAGES = 4  # rows this many blocks shorter, or a quarter, are padded rather 
 class DecodeGroup:
     """Rows of one token each: those from `start` to `stop` in the order of `DecodeRows.tokens`.
 
-    `tiles [rows * kv_heads * pages]`, row first, then head: shorter rows are padded with their first block. `width` is
-    the longest row's count of positions. `hidden`: row (from `start` on) and position of what is gathered and not seen,
-    below `width`; it may hold anything.
+    `tiles [rows * kv_heads * pages]`, row first, then head: shorter rows are padded with what their table says next.
+    `width` is the longest row's count of positions. `hidden`: row (from `start` on) and position of what is not
+    seen of what is gathered, below `width`; it may hold anything.
     """
 
     start: int
@@ -60,35 +60,29 @@ class ExtendRow:
 
 def decode_rows(ragged: Ragged, block_size: int, kv_heads: int, window: int | None, most_tiles: int) -> DecodeRows:
     """Rows of one token in groups of at most `most_tiles` tiles (of keys; one row may have more)."""
-    tokens = (ragged.lengths == 1).nonzero().flatten()
-    contexts = ragged.contexts[tokens]
-    low = torch.zeros_like(contexts) if window is None else (contexts - window).clamp_(min=0)  # first position seen
-    skipped = low // block_size
-    pages, order = (-(-contexts // block_size) - skipped).sort(descending=True, stable=True)
-    rows, skipped = tokens[order], skipped[order]
-    low, high = low[order] - skipped * block_size, contexts[order] - skipped * block_size
-    cuts = [*cut(pages.tolist(), most_tiles // kv_heads), len(rows)]
-    sizes = torch.tensor([stop - start for start, stop in pairwise(cuts)], dtype=torch.int64)
-    widest = pages[cuts[:-1]].repeat_interleave(sizes)
-    ends = high.tolist()
-    widths = [max(ends[start:stop]) for start, stop in pairwise(cuts)]
-
-    row, page = runs(widest)
-    page = torch.where(page < pages[row], page, 0) + skipped[row]
-    blocks = ragged.tables[rows[row], page].split((widest[cuts[:-1]] * sizes).tolist()) if len(rows) else []
-
-    unseen = low + torch.tensor(widths, dtype=torch.int64).repeat_interleave(sizes) - high
-    row, at = runs(unseen)
-    at = torch.where(at < low[row], at, at + (high - low)[row])
-    row = row - torch.tensor(cuts[:-1], dtype=torch.int64).repeat_interleave(sizes)[row]
-    bounds = [0, *unseen.cumsum(0).tolist()]
-
+    rows = (ragged.lengths == 1).nonzero().flatten()
+    contexts = ragged.contexts[rows]
+    skipped = None if window is None else (contexts - window).clamp_(min=0) // block_size
+    pages = (contexts + (block_size - 1)) // block_size
+    pages, order = (pages if skipped is None else pages - skipped).sort(descending=True, stable=True)
+    rows, contexts = rows[order], contexts[order]
+    tables = ragged.tables
+    if skipped is not None:
+        skipped = skipped[order]
+        contexts = contexts - skipped * block_size
+    sizes, ends = pages.tolist(), contexts.tolist()
     heads, groups = torch.arange(kv_heads)[:, None], []
-    for (start, stop), own, width in zip(pairwise(cuts), blocks, widths, strict=True):
-        hidden = slice(bounds[start], bounds[stop])
-        tiles = (own.view(stop - start, 1, -1) * kv_heads + heads).flatten()
-        pairs = (row[hidden], at[hidden]) if hidden.start < hidden.stop else None
-        groups.append(DecodeGroup(start, stop, len(own) // (stop - start), width, tiles, pairs))
+    for start, stop in pairwise([*cut(sizes, most_tiles // kv_heads), len(sizes)]):
+        own, widest = slice(start, stop), sizes[start]
+        if skipped is None:
+            blocks = tables[:, :widest].index_select(0, rows[own])
+        else:  # a padded row may come to the table's end
+            at = (skipped[own, None] + torch.arange(widest)).clamp_(max=tables.shape[1] - 1)
+            blocks = tables[rows[own, None], at]
+        tiles = (blocks.unsqueeze(1) * kv_heads + heads).view(-1)
+        least, most = min(ends[own]), max(ends[own])
+        hidden = hidden_positions(contexts[own], least, most, window)
+        groups.append(DecodeGroup(start, stop, widest, most, tiles, hidden))
     return DecodeRows(ragged.starts[rows], groups)
 
 
@@ -96,17 +90,27 @@ def cut(pages: list[int], most: int) -> list[int]:
     """Where groups begin, for rows of falling numbers of pages: a group has at most `most` with its padding, or is one
     row."""
     cuts: list[int] = []
+    start = widest = least = 0
     for i, count in enumerate(pages):
-        widest = pages[cuts[-1]] if cuts else 0
-        if not cuts or (i + 1 - cuts[-1]) * widest > most or count < widest - max(PAD_PAGES, widest // 4):
+        if not cuts or (i + 1 - start) * widest > most or count < least:
             cuts.append(i)
+            start, widest, least = i, count, count - max(PAD_PAGES, count // 4)
     return cuts
 
 
-def runs(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`0 .. counts[i] - 1` for each i, end to end: the i of each, and the number."""
-    owner = torch.arange(len(counts)).repeat_interleave(counts)
-    return owner, torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+def hidden_positions(
+    ends: torch.Tensor, least: int, most: int, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Row and position of what a row does not see: from `ends[row]` up to `most`, the last end, and what its window has
+    left behind. None if there is no such thing. `least` is the first end."""
+    if window is None:
+        if least == most:
+            return None
+        row, at = (torch.arange(least, most) >= ends[:, None]).nonzero(as_tuple=True)
+        return row, at + least
+    at = torch.arange(most)
+    row, at = ((at >= ends[:, None]) | (at < ends[:, None] - window)).nonzero(as_tuple=True)
+    return (row, at) if len(row) else None
 
 
 def extend_rows(
