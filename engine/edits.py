@@ -4,7 +4,7 @@ A step's edits are lists of single entries of its logits, however many rows they
 gather and one put. Nothing here is as large as the vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -25,10 +25,17 @@ def edits_logits(draw: Draw) -> bool:
         p.logit_bias
         or p.bad_words
         or (p.min_tokens > 0 and draw.stop_ids)
-        or p.presence_penalty
-        or p.frequency_penalty
-        or p.repetition_penalty != 1.0
+        or _penalises_seen(p)
+        or _penalises_generated(p)
     )
+
+
+def _penalises_seen(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0
+
+
+def _penalises_generated(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ def fixed_of(draw: Draw, vocab: int) -> Fixed:
         if len(word) > 1 and word[-1] < vocab:
             ends.setdefault(word[-2], []).append((list(word[:-1]), word[-1]))
     seen = NO_TOKENS
-    if params.repetition_penalty != 1.0:
+    if _penalises_seen(params):
         seen = np.unique(np.array(draw.token_ids[: draw.prompt_len], dtype=np.int64))
     return Fixed(
         np.array(alone, dtype=np.int64),
@@ -112,13 +119,7 @@ class Edits:
 
 def edits_of(draws: Sequence[Draw], fixed: Sequence[Fixed], vocab: int) -> Edits:
     """The edits of a `[len(draws), vocab]` matrix of logits, each draw's in its row."""
-    generated = [d.token_ids[d.prompt_len :] for d in draws]
-    return Edits(
-        _barred(draws, fixed, vocab),
-        _bias(fixed),
-        _repetition([d.params for d in draws], fixed, generated),
-        _penalty([d.params for d in draws], generated, vocab),
-    )
+    return Edits(_barred(draws, fixed, vocab), _bias(fixed), _repetition(draws, fixed), _penalty(draws, vocab))
 
 
 def _barred(draws: Sequence[Draw], fixed: Sequence[Fixed], vocab: int) -> Cells | None:
@@ -145,37 +146,38 @@ def _bias(fixed: Sequence[Fixed]) -> Cells | None:
     return Cells(rows, np.concatenate([its.bias_tokens for its in fixed]), np.concatenate([its.bias for its in fixed]))
 
 
-def _repetition(
-    params: Sequence[SamplingParams], fixed: Sequence[Fixed], generated: Sequence[list[int]]
-) -> Cells | None:
+def _repetition(draws: Sequence[Draw], fixed: Sequence[Fixed]) -> Cells | None:
     """A token may stand here twice, once for the prompt and often for what was generated: each time the same value is
     put, computed from the same logit."""
-    on = [p.repetition_penalty != 1.0 for p in params]
+    on = [_penalises_seen(draw.params) for draw in draws]
     if not any(on):
         return None
-    new = [tokens if is_on else [] for tokens, is_on in zip(generated, on, strict=True)]
-    parts = chain.from_iterable((its.seen, np.array(one, dtype=np.int64)) for its, one in zip(fixed, new, strict=True))
-    counts = [len(its.seen) + len(one) for its, one in zip(fixed, new, strict=True)]
-    values = np.array([max(p.repetition_penalty, LEAST_REPETITION) for p in params], dtype=np.float32)
-    rows = _repeat(counts)
-    return Cells(rows, np.concatenate(list(parts)), values[rows])
+    new = _generated(draws, on)
+    tokens = [part for its, one in zip(fixed, new, strict=True) for part in (its.seen, np.array(one, dtype=np.int64))]
+    values = np.array([max(d.params.repetition_penalty, LEAST_REPETITION) for d in draws], dtype=np.float32)
+    rows = _repeat([len(its.seen) + len(one) for its, one in zip(fixed, new, strict=True)])
+    return Cells(rows, np.concatenate(tokens), values[rows])
 
 
-def _penalty(params: Sequence[SamplingParams], generated: Sequence[list[int]], vocab: int) -> Cells | None:
-    on = [bool(p.presence_penalty or p.frequency_penalty) for p in params]
-    counted = [tokens if is_on else [] for tokens, is_on in zip(generated, on, strict=True)]
-    rows = _repeat([len(tokens) for tokens in counted])
-    if not len(rows):
+def _penalty(draws: Sequence[Draw], vocab: int) -> Cells | None:
+    on = [_penalises_generated(draw.params) for draw in draws]
+    if not any(on):
         return None
-    tokens = np.fromiter(chain.from_iterable(counted), dtype=np.int64, count=len(rows))
+    new = _generated(draws, on)
+    rows = _repeat([len(tokens) for tokens in new])
+    tokens = np.fromiter(chain.from_iterable(new), dtype=np.int64, count=len(rows))
     cells, counts = np.unique(rows * vocab + tokens, return_counts=True)
     rows, tokens = np.divmod(cells, vocab)
-    presence = np.array([p.presence_penalty for p in params])
-    frequency = np.array([p.frequency_penalty for p in params])
+    presence = np.array([draw.params.presence_penalty for draw in draws])
+    frequency = np.array([draw.params.frequency_penalty for draw in draws])
     return Cells(rows, tokens, (presence[rows] + frequency[rows] * counts).astype(np.float32))
 
 
-def _repeat(counts: Iterable[int]) -> np.ndarray:
+def _generated(draws: Sequence[Draw], on: Sequence[bool]) -> list[list[int]]:
+    """What each draw's sequence has generated, nothing for those that are not asked about."""
+    return [draw.token_ids[draw.prompt_len :] if asked else [] for draw, asked in zip(draws, on, strict=True)]
+
+
+def _repeat(counts: Sequence[int]) -> np.ndarray:
     """Row numbers, each as often as its count says."""
-    counts = np.array(list(counts), dtype=np.int64)
     return np.repeat(np.arange(len(counts)), counts)

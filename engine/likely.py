@@ -9,14 +9,15 @@ from collections.abc import Iterator
 import torch
 
 LARGEST = torch.finfo(torch.float32).max
-# Logits in the blocks of rows that are worked on: on a CPU as many as their temporaries leave in the caches.
-BLOCK_LOGITS = {"cpu": 2**18, "cuda": 2**24}
+CACHED_LOGITS = 2**18  # rows are worked on in blocks of so many: on a CPU the temporaries stay in the caches
+DEVICE_LOGITS = 2**24  # on other devices they stay under 1 GB
 WEIGHT_OF_BEST = 2.0**43  # so that the integer weights of a million tokens add up in 64 bits
 
 
 def blocks(rows: int, logits: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Where each block of so many rows like those of `logits[..., vocab]` begins and ends."""
-    step = max(1, BLOCK_LOGITS[logits.device.type] // logits.shape[-1])
+    size = CACHED_LOGITS if logits.device.type == "cpu" else DEVICE_LOGITS
+    step = max(1, size // logits.shape[-1])
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -20,8 +20,8 @@ Word = torch.Tensor | int
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What chooses the noise of R rows: int64 `[R, 1]` each, on the device where it is wanted. A low and a high part are
-    32 bits each of a 64-bit value."""
+    """What chooses the noise of R rows: int64 `[R, 1]` each, on the device where it is wanted. Low and high are the two
+    halves of a 64-bit value."""
 
     seed_low: torch.Tensor
     seed_high: torch.Tensor
@@ -67,7 +67,7 @@ def _fold(product: torch.Tensor, word: torch.Tensor, key: Word, out: torch.Tenso
 
 
 def words(lanes: torch.Tensor, keys: Keys, buffers: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Word j of lane i is the noise of token 4 i + j. `lanes` is int64 `[1, L]` or `[R, L]`; the answer `[R, L]` each."""
+    """Word j of lane i is the noise of token 4 i + j. `lanes` int64 `[1, L]` or `[R, L]` -> four of int64 `[R, L]`."""
     counter = (lanes, keys.position_low, keys.position_high, keys.choice)
     return philox(counter, (keys.seed_low, keys.seed_high), buffers)
 

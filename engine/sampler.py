@@ -10,7 +10,7 @@ The order is that which vLLM documents for its v1 sampler:
 Bad words look back over the whole sequence, prompt included. If all tokens are barred the answer is token 0. Of equals
 the lower token id is first, everywhere. Logits are worked on in float32, weights are added as integers, and the draw
 itself is float64. Nothing depends on the batch. Two devices choose the same tokens from the same logits, unless a
-decision hangs on the last bit of a quotient in float32 or of an exp or log in float64, which they may round differently.
+decision hangs on the last bit of a quotient in float32 or of an exp or log in float64, which they may round otherwise.
 """
 
 from dataclasses import dataclass

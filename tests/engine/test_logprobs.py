@@ -1,107 +1,101 @@
-"""Log probabilities, of what is generated and of the prompt, are the reference's; the prompt's are computed anew even
-where its KV is known."""
+"""What is told of tokens, against plain sums: log probability, rank, and the likeliest."""
 
-import asyncio
+import math
 
 import pytest
 import torch
-from engine_harness import prompt_of, running
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-COUNT = 8
+from kvferry.common.sampling import SamplingParams, TokenLogprobs
+from kvferry.engine.batch import Draw
+from kvferry.engine.sampler import Sampler
 
-
-def reference_logprobs(model, tokens):
-    """float32 `[len(tokens) - 1, vocab]`: entry i is about token i + 1."""
-    with torch.inference_mode():
-        return model(torch.tensor([tokens])).logits[0, :-1].float().log_softmax(-1)
-
-
-def check(told, token, expected, top):
-    assert told.logprob == pytest.approx(expected[token].item(), abs=2e-3)
-    assert told.rank == int((expected > expected[token]).sum())
-    best = expected.topk(top)
-    assert [token for token, _ in told.top] == best.indices.tolist()
-    assert [value for _, value in told.top] == pytest.approx(best.values.tolist(), abs=2e-3)
+VOCAB = 41
 
 
-async def told_by(node, seq):
-    """Tokens, what is told of them, and what is told of the prompt."""
-    tokens, told, prompt_told = [], [], []
-
-    def take(event):
-        prompt_told.extend(event.prompt_logprobs)
-        if event.token is not None:
-            tokens.append(event.token)
-            told.append(event.logprobs)
-
-    await node.engine.generate(seq, node.pull, take)
-    return tokens, told, prompt_told
+def logits_for(seed: int, rows: int, whole: bool, vocab: int = VOCAB) -> torch.Tensor:
+    logits = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+    return logits.round() if whole else logits
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_of_what_is_generated(models, references, temperature):
-    prompt = prompt_of(30)
-
-    async def main():
-        async with running(models["llama"], max_num_batched_tokens=24) as node:
-            seq = node.sequence(prompt, COUNT, logprobs=4, temperature=temperature, seed=3)
-            beside = asyncio.create_task(node.ask(prompt_of(40), COUNT))
-            answer = await told_by(node, seq)
-            await beside
-            return answer
-
-    tokens, told, prompt_told = asyncio.run(main())
-    assert prompt_told == []
-    expected = reference_logprobs(references["llama"], prompt + tokens)[len(prompt) - 1 :]
-    for token, one, row in zip(tokens, told, expected, strict=True):
-        check(one, token, row, 4)
+def told_of(logits: list[float], token: int, top: int) -> tuple[float, int, list[int], list[float]]:
+    best = max(logits)
+    total = best + math.log(math.fsum(math.exp(x - best) for x in logits))
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    return logits[token] - total, order.index(token), order[:top], [logits[i] - total for i in order[:top]]
 
 
-def test_of_nothing_that_was_not_asked_for(models):
-    async def main():
-        async with running(models["llama"]) as node:
-            _, told, prompt_told = await told_by(node, node.sequence(prompt_of(30), COUNT))
-            assert told == [None] * COUNT
-            assert prompt_told == []
-            _, told, _ = await told_by(node, node.sequence(prompt_of(30), COUNT, logprobs=0))
-            assert [one.top for one in told] == [()] * COUNT
-
-    asyncio.run(main())
+def check(told: TokenLogprobs, logits: list[float], token: int, top: int) -> None:
+    logprob, rank, ids, values = told_of(logits, token, top)
+    assert told.logprob == pytest.approx(logprob, abs=2e-5)
+    assert told.rank == rank
+    assert [token for token, _ in told.top] == ids
+    assert [value for _, value in told.top] == pytest.approx(values, abs=2e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 16, 33, 70])
-def test_of_the_prompt(models, references, length):
-    """In chunks, beside others, and although its KV is in the page pool and in the store."""
-    prompt = prompt_of(length)
-
-    async def main():
-        async with running(models["llama"], max_num_batched_tokens=24) as node:
-            await node.publish(prompt)
-            await node.ask(prompt, COUNT)
-            seq = node.sequence(prompt, COUNT, prompt_logprobs=2)
-            beside = asyncio.create_task(node.ask(prompt_of(40), COUNT))
-            answer = await told_by(node, seq)
-            await beside
-            assert node.computed(seq)[:length] == list(range(length))
-            return answer
-
-    _, _, told = asyncio.run(main())
-    expected = reference_logprobs(references["llama"], prompt)
-    for token, one, row in zip(prompt[1:], told, expected, strict=True):
-        check(one, token, row, 2)
+TOPS = st.sampled_from([0, 1, 5, VOCAB, VOCAB + 9])
+SEEDS = st.integers(0, 2**32)
 
 
-def test_of_a_prompt_that_is_pushed_out(models, references):
-    """It is computed again, and told of once."""
-    prompts = [prompt_of(60, seed) for seed in range(3)]
+@settings(deadline=None)
+@given(seed=SEEDS, whole=st.booleans(), tokens=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5), top=TOPS)
+def test_scores_of_known_tokens(seed, whole, tokens, top):
+    logits = logits_for(seed, len(tokens), whole)
+    told = Sampler().score(logits, tokens, top)
+    for one, row, token in zip(told, logits.double().tolist(), tokens, strict=True):
+        check(one, row, token, top)
+    assert [Sampler().score(logits[i : i + 1], [token], top)[0] for i, token in enumerate(tokens)] == told
 
-    async def main():
-        async with running(models["llama"], num_blocks=9, max_num_batched_tokens=16) as node:
-            seqs = [node.sequence(prompt, 60, prompt_logprobs=1) for prompt in prompts]
-            answers = await asyncio.gather(*[told_by(node, seq) for seq in seqs])
-            assert node.engine.scheduler.num_preemptions > 0
-            return answers
 
-    for prompt, (_, _, told) in zip(prompts, asyncio.run(main()), strict=True):
-        for token, one, row in zip(prompt[1:], told, reference_logprobs(references["llama"], prompt), strict=True):
-            check(one, token, row, 1)
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.7]),
+    top_k=st.sampled_from([0, 3]),
+    logit_bias=st.sampled_from([(), ((4, 100.0), (5, -100.0))]),
+    presence_penalty=st.sampled_from([0.0, 2.0]),
+    logprobs=st.none() | TOPS,
+    seed=SEEDS,
+)
+
+
+@settings(deadline=None)
+@given(params=st.lists(PARAMS, min_size=1, max_size=5), seed=SEEDS, whole=st.booleans())
+def test_drawn_tokens_are_told_by_the_models_own_logits(params, seed, whole):
+    draws = [Draw(its, (), [1, 2, 3], 1) for its in params]
+    logits = logits_for(seed, len(draws), whole)
+    sampled = Sampler().sample(logits, draws)
+    silent = [Draw(SamplingParams(**{n: getattr(its, n) for n in its.__slots__} | {"logprobs": None}), (), [1, 2, 3], 1)
+              for its in params]  # fmt: skip
+    assert Sampler().sample(logits, silent).tokens == sampled.tokens, "telling changes nothing"
+    if all(its.logprobs is None for its in params):
+        assert sampled.logprobs is None
+        return
+    for one, its, row, token in zip(sampled.logprobs, params, logits.double().tolist(), sampled.tokens, strict=True):
+        if its.logprobs is None:
+            assert one is None
+        else:
+            check(one, row, token, its.logprobs)
+
+
+def test_impossible_tokens_are_told_too():
+    logits = torch.tensor([[0.0, float("-inf"), 0.0, float("-inf")]])
+    (told,) = Sampler().score(logits, [3], 4)
+    half = pytest.approx(-math.log(2))
+    assert (told.logprob, told.rank) == (float("-inf"), 3)
+    assert told.top == ((0, half), (2, half), (1, float("-inf")), (3, float("-inf")))
+
+
+def test_a_long_prompt_is_scored_in_blocks():
+    logits = logits_for(1, 200, False, vocab=5000)
+    tokens = [i * 7 % 5000 for i in range(200)]
+    told = Sampler().score(logits, tokens, 2)
+    for i in (0, 57, 199):
+        check(told[i], logits[i].double().tolist(), tokens[i], 2)
+        assert Sampler().score(logits[i : i + 1], [tokens[i]], 2) == [told[i]]
+    assert Sampler().score(logits[:0], [], 2) == []
+
+
+def test_half_precision_is_told_in_float32():
+    logits = logits_for(2, 3, False).to(torch.bfloat16)
+    assert Sampler().score(logits, [1, 2, 3], 3) == Sampler().score(logits.float(), [1, 2, 3], 3)
