@@ -1,10 +1,11 @@
 """How fast one engine decodes and prefills on this machine's CPU, against transformers and against memory.
 
-    python bench/engine.py [--quick] [--json FILE] [--threads N] [--dtype float32]
+    python bench/engine.py [--quick] [--json FILE] [--threads N]
 
-A 100M-parameter Llama, made on the spot. Peers in the same run, interleaved, same dtype and threads: transformers'
-`generate` (static batch) and, at short settings, its continuous batching (`generate_batch`); the limit is what a
-read-only stream takes over the weights and the KV of one step. Medians; ratios count, the rest describes this machine.
+A 100M-parameter Llama, made on the spot, in fp32, and the headline again in bf16 (figures marked bf16_). Peers in the
+same run, interleaved, same dtype and threads: transformers' `generate` (static batch) and its continuous batching
+(`generate_batch`, where it can run in time); decode is compared to the better of the two. The limit is what a read-only
+stream takes over the weights and the KV of one step. Medians; ratios count, the rest describes this machine.
 """
 
 import argparse
@@ -32,18 +33,21 @@ from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import StepPlan
 from kvferry.engine.engine import Engine
 from kvferry.engine.model import LoadedModel, load_model
-from kvferry.engine.sequence import Sequence
+from kvferry.engine.sequence import Sequence, TokenEvent
 
 VOCAB = 32000
-LONGEST = 4096 + 64
+LONGEST = 4096 + 512
 BATCHES, CONTEXTS = (1, 8, 32), (32, 1024, 4096)
 HEADLINE = (8, 1024)
+SHORT = (8, 32)
 PREFILL = 1024
+CHUNK = 1024  # tokens of a step
+MOST_FOR_GENERATE_BATCH = 1024  # prompt tokens; it takes minutes beyond
+MANY_TOKENS = 2**15  # a setting with more prompt tokens is measured once, not in every round
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=24, help="decode steps a setting and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="the headline settings only: under 240 s on two cores")
@@ -55,10 +59,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), args.seed)
-        figures = measure(Path(folder), args)
-    show(figures, args.dtype)
+        full = [HEADLINE, SHORT] if args.quick else [(b, c) for b in BATCHES for c in CONTEXTS]
+        figures = measure(Path(folder), args, "float32", full) | scheduler_figures(Path(folder), args)
+        beside = measure(Path(folder), args, "bfloat16", [HEADLINE, SHORT])
+        figures |= {f"bf16_{name}": value for name, value in beside.items()}
+    show(figures)
     if args.json:
-        run = {"seed": args.seed, "dtype": args.dtype, "threads": args.threads, "rounds": args.rounds}
+        run = {"seed": args.seed, "threads": args.threads, "rounds": args.rounds}
         machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "torch": torch.__version__}
         args.json.write_text(json.dumps({**figures, "run": run | machine}, indent=2) + "\n")
 
@@ -73,61 +80,66 @@ def make_model(folder: Path, seed: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    rng = random.Random(args.seed)
-    dtype = getattr(torch, args.dtype)
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    config = EngineConfig(
-        model=str(folder), dtype=args.dtype, device="cpu", threads=args.threads, max_num_batched_tokens=1024,
+def engine_config(folder: Path, args: argparse.Namespace, dtype: str) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder), dtype=dtype, device="cpu", threads=args.threads, max_num_batched_tokens=CHUNK,
         max_num_seqs=256, kv_cache_bytes=4 * 2**30,
     )  # fmt: skip
+
+
+def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[tuple[int, int]]) -> dict[str, float]:
+    rng = random.Random(args.seed)
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    config = engine_config(folder, args, dtype)
     model = load_model(config, lambda *_: None)
-    weights = sum(p.numel() for p in peer.parameters()) * dtype.itemsize
-    settings = [HEADLINE, (8, 32)] if args.quick else [(b, c) for b in BATCHES for c in CONTEXTS]
+    weights = sum(p.numel() * p.element_size() for p in peer.parameters())
     rounds = 2 if args.quick else args.rounds
     seen: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
         seen.setdefault(name, []).append(value)
 
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(VOCAB) for _ in range(length)]
+
     for batch, context in settings:
-        prompts = [[rng.randrange(VOCAB) for _ in range(context)] for _ in range(batch)]
+        prompts = [prompt(context) for _ in range(batch)]
         kv = batch * context * model.layout.block_bytes / model.layout.block_size
-        for _ in range(rounds):
-            at = f"b{batch}_c{context}"
+        at = f"b{batch}_c{context}"
+        for _ in range(rounds if batch * context <= MANY_TOKENS else 1):
             note(f"engine_{at}", batch / engine_step_seconds(model, config, prompts, args.steps))
             note(f"generate_{at}", batch / generate_step_seconds(peer, prompts, args.steps))
             note(f"limit_{at}", batch / ((weights + kv) / read_bytes_per_s()))
-    at = "b{}_c{}".format(*HEADLINE)
-    prompts = [[rng.randrange(VOCAB) for _ in range(32)] for _ in range(8)]
-    note("generate_batch_b8_c32", generate_batch_tokens_per_s(peer, prompts, args.steps))
-    prompt = [rng.randrange(VOCAB) for _ in range(PREFILL)]
+        if (batch, context) == SHORT or (not args.quick and batch * context <= MOST_FOR_GENERATE_BATCH):
+            note(f"generate_batch_{at}", generate_batch_tokens_per_s(peer, prompts, args.steps))
+    some = prompt(PREFILL)
     for _ in range(2 * rounds + 1):
-        note("prefill_engine_s", prefill_seconds(model, config, prompt))
-        note("prefill_transformers_s", forward_seconds(peer, prompt))
-    for running in (16, 256):
-        note(f"scheduler_us_{running}", scheduler_us(model, config, running))
-    return summarise(seen, settings, at)
+        note("prefill_engine_s", prefill_seconds(model, config, some))
+        note("prefill_transformers_s", forward_seconds(peer, some))
+    return summarise(seen, settings)
 
 
-def summarise(seen: dict[str, list[float]], settings: list[tuple[int, int]], at: str) -> dict[str, float]:
+def summarise(seen: dict[str, list[float]], settings: list[tuple[int, int]]) -> dict[str, float]:
     def ratio(over: str, under: str) -> float:
         """Median of the rounds' own ratios: both sides of a round saw the same machine."""
         return median(a / b for a, b in zip(seen[over], seen[under], strict=True))
 
-    places = [f"b{batch}_c{context}" for batch, context in settings]
+    def over_transformers(at: str) -> float:
+        over = ratio(f"engine_{at}", f"generate_{at}")
+        other = seen.get(f"generate_batch_{at}")
+        return over if other is None else min(over, median(seen[f"engine_{at}"]) / median(other))
+
+    places = {setting: "b{}_c{}".format(*setting) for setting in settings}
+    compared = {at: over_transformers(at) for at in places.values()}
     figures = {
-        "decode_over_transformers": ratio(f"engine_{at}", f"generate_{at}"),
-        "decode_over_transformers_min": min(ratio(f"engine_{p}", f"generate_{p}") for p in places),
-        "decode_over_generate_batch": median(seen["engine_b8_c32"]) / median(seen["generate_batch_b8_c32"]),
-        "decode_over_limit": ratio(f"engine_{at}", f"limit_{at}"),
+        "decode_over_transformers": compared[places[HEADLINE]],
+        "decode_over_transformers_min": min(compared.values()),
+        "decode_over_limit": ratio(f"engine_{places[HEADLINE]}", f"limit_{places[HEADLINE]}"),
         "prefill_over_transformers": ratio("prefill_transformers_s", "prefill_engine_s"),
-        "scheduler_us": median(seen["scheduler_us_256"]),
-        "scheduler_growth_16_to_256": median(seen["scheduler_us_256"]) / median(seen["scheduler_us_16"]),
     }
-    for place in places:
-        figures[f"over_transformers_{place}"] = ratio(f"engine_{place}", f"generate_{place}")
-        figures[f"over_limit_{place}"] = ratio(f"engine_{place}", f"limit_{place}")
+    for at in places.values():
+        figures[f"over_transformers_{at}"] = compared[at]
+        figures[f"over_limit_{at}"] = ratio(f"engine_{at}", f"limit_{at}")
     return figures | {name: median(values) for name, values in seen.items()}
 
 
@@ -141,8 +153,15 @@ async def drive(engine: Engine, model: LoadedModel, prompts: list[list[int]], ne
         return
 
     async def one(prompt: list[int]) -> list[float]:
+        moments: list[float] = []
+
+        def take(event: TokenEvent) -> None:
+            if event.token is not None:
+                moments.append(time.perf_counter())
+
         seq = engine.new_sequence("bench", scope, prompt, len(prompt), params, new_tokens)
-        return [time.perf_counter() async for step in engine.generate(seq, nothing_stored) if step.token is not None]
+        await engine.generate(seq, nothing_stored, take)
+        return moments
 
     loop = asyncio.create_task(engine.run())
     moments = await asyncio.gather(*(one(prompt) for prompt in prompts))
@@ -152,11 +171,14 @@ async def drive(engine: Engine, model: LoadedModel, prompts: list[list[int]], ne
 
 
 def engine_step_seconds(model: LoadedModel, config: EngineConfig, prompts: list[list[int]], steps: int) -> float:
-    """Median decode step once every prompt is computed."""
-    moments = asyncio.run(drive(Engine(model, config), model, prompts, steps + 8 * len(prompts)))
-    begun = max(row[0] for row in moments)
-    longest = max(moments, key=lambda row: sum(moment > begun for moment in row))
-    return median(late - early for early, late in pairwise([m for m in longest if m >= begun][: steps + 1]))
+    """Median step with all prompts decoding. Until the last one is computed the first ones decode already, a token a
+    step, so that they get as many tokens more as there are such steps."""
+    computing = sum(len(prompt) for prompt in prompts) // CHUNK + len(prompts) + 2
+    moments = asyncio.run(drive(Engine(model, config), model, prompts, steps + computing))
+    begun, ended = max(row[0] for row in moments), min(row[-1] for row in moments)
+    own = [m for m in moments[-1] if begun <= m <= ended]
+    assert len(own) > steps, "all prompts decode for as many steps as are measured"
+    return median(late - early for early, late in pairwise(own[: steps + 1]))
 
 
 def prefill_seconds(model: LoadedModel, config: EngineConfig, prompt: list[int]) -> float:
@@ -188,12 +210,13 @@ def generate_step_seconds(peer: LlamaForCausalLM, prompts: list[list[int]], step
 
 
 def generate_batch_tokens_per_s(peer: LlamaForCausalLM, prompts: list[list[int]], steps: int) -> float:
-    """Tokens a second of the whole call: its prefill is 32 tokens a prompt."""
-    config = GenerationConfig(max_new_tokens=steps, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    started = time.perf_counter()
-    outputs = peer.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-    tokens = sum(len(output.generated_tokens) for output in outputs.values())
-    return tokens / (time.perf_counter() - started)
+    """Tokens a second between a short and a longer call: neither its start nor its prefill counts."""
+
+    def seconds(new_tokens: int) -> float:
+        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        return timed(lambda: peer.generate_batch(inputs=prompts, generation_config=config, progress_bar=False))
+
+    return len(prompts) * 2 * steps / (seconds(3 * steps) - seconds(steps))
 
 
 @torch.inference_mode()
@@ -231,6 +254,13 @@ def scheduler_us(model: LoadedModel, config: EngineConfig, running: int, steps: 
     return (time.process_time() - started) / steps * 1e6
 
 
+def scheduler_figures(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    config = engine_config(folder, args, "float32")
+    model = load_model(config, lambda *_: None)
+    few, many = (scheduler_us(model, config, running) for running in (16, 256))
+    return {"scheduler_us": many, "scheduler_us_16": few, "scheduler_growth_16_to_256": many / few}
+
+
 TARGETS = {
     "decode_over_transformers": "at least 2",
     "decode_over_transformers_min": "at least 1.0",
@@ -240,8 +270,8 @@ TARGETS = {
 }
 
 
-def show(figures: dict[str, float], dtype: str) -> None:
-    table = Table(title=f"engine: 100M Llama, {dtype}, medians", title_justify="left")
+def show(figures: dict[str, float]) -> None:
+    table = Table(title="engine: 100M Llama, tokens/s, seconds and ratios; medians", title_justify="left")
     for name, justify in (("figure", "left"), ("value", "right"), ("target", "left")):
         table.add_column(name, justify=justify)
     for name, value in figures.items():
