@@ -1,46 +1,118 @@
-"""The block tables of all sequences that hold blocks, as rows of one array, so that a step's tables are one copy."""
+"""The block tables of all sequences that hold blocks: how they grow, share blocks, and part when one of them writes.
+
+They stand as rows of one array as well, so that a step's tables are one copy.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
+from kvferry.engine.page_pool import PagePool
+from kvferry.engine.sequence import Sequence
+
 
 class BlockTables:
-    """Rows of block ids, int64, zero behind what was written. Grows as it must; owned by the scheduler."""
+    """Keeps `block_table` and `table_row` of sequences, and holds the pool's blocks for them. The scheduler owns it."""
 
-    def __init__(self) -> None:
-        self._blocks = np.zeros((16, 16), dtype=np.int64)
-        self._free = list(range(16))
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._rows = np.zeros((16, 16), dtype=np.int64)  # block ids; what stands behind a table means nothing
+        self._free_rows = list(range(16))
+        self._copies: dict[int, tuple[int, int]] = {}  # of the next step, by sequence
+        self._left: Counter[int] = Counter()  # blocks that are copied from, held until the step is done
 
-    def take(self, blocks: list[int]) -> int:
-        """A row of one's own that begins with `blocks`."""
-        if not self._free:
-            rows = len(self._blocks)
-            self._blocks = np.concatenate([self._blocks, np.zeros_like(self._blocks)])
-            self._free = list(range(rows, 2 * rows))
-        row = self._free.pop()
-        self._fit(len(blocks))
-        self._blocks[row, : len(blocks)] = blocks
-        return row
+    def open(self, seq: Sequence, reused: list[int]) -> None:
+        """Give a sequence these blocks and fresh ones for the rest of its tokens and one more. There must be enough."""
+        self._pool.hold(reused)
+        fresh = self._pool.allocate(seq.blocks_needed - len(reused))
+        if fresh is None:
+            raise AssertionError(f"sequence {seq.id} was let in and there are no blocks for it")
+        seq.block_table = reused + fresh
+        self._take_row(seq)
 
-    def give(self, row: int) -> None:
-        """Let a row go."""
-        self._free.append(row)
+    def share(self, seq: Sequence, branches: Iterable[Sequence]) -> None:
+        """Branches of `seq` stand in its blocks too. The last one, if it is partial, is copied once they write."""
+        seq.shares_tail = seq.num_computed % seq.block_size > 0
+        for branch in branches:
+            branch.shares_tail = seq.shares_tail
+            self._pool.hold(branch.block_table)
+            self._take_row(branch)
 
-    def put(self, row: int, index: int, block: int) -> None:
-        """Write one entry."""
-        self._fit(index + 1)
-        self._blocks[row, index] = block
+    def fit(self, seq: Sequence, end: int) -> bool:
+        """Make a table cover `end` tokens, and what is written next its own. False if the pool has no block left: once
+        it has, call again."""
+        while len(seq.block_table) * seq.block_size < end:
+            if (fresh := self._pool.allocate(1)) is None:
+                return False
+            seq.block_table += fresh
+            self._put(seq.table_row, len(seq.block_table) - 1, fresh)
+        return not seq.shares_tail or self._own_tail(seq)
+
+    def _own_tail(self, seq: Sequence) -> bool:
+        """Copy on write. Who is the last one in a shared block keeps it."""
+        index = seq.blocks_computed
+        shared = seq.block_table[index]
+        if self._pool.holders(shared) - self._left[shared] > 1:
+            if (own := self._pool.allocate(1)) is None:
+                return False
+            seq.block_table[index] = own[0]
+            self._put(seq.table_row, index, own)
+            self._left[shared] += 1
+            self._copies[seq.id] = (shared, own[0])
+        seq.shares_tail = False
+        return True
+
+    def close(self, seq: Sequence) -> None:
+        """Let go of all that a sequence holds. May be repeated."""
+        self._pool.release(seq.block_table)
+        self._copies.pop(seq.id, None)
+        if seq.table_row >= 0:
+            self._free_rows.append(seq.table_row)
+        seq.block_table, seq.table_row, seq.shares_tail = [], -1, False
+
+    def copies(self) -> np.ndarray:
+        """The (from, to) copies that the step to come has to make first, int64 `[C, 2]`."""
+        copies, self._copies = list(self._copies.values()), {}
+        return np.array(copies, dtype=np.int64).reshape(-1, 2)
+
+    def copies_are_made(self) -> None:
+        """The step is done, or there was none: nothing is copied from any more."""
+        if self._left:
+            left, self._left = self._left, Counter()
+            self._pool.release(list(left.elements()))
 
     def gather(self, rows: np.ndarray, pages: int) -> np.ndarray:
-        """A copy of the first `pages` entries of some rows: `[len(rows), pages]`."""
-        self._fit(pages)
-        return self._blocks[rows, :pages]
+        """The first `pages` entries of some rows, copied: `[len(rows), pages]`."""
+        self._widen(pages)
+        return self._rows[rows, :pages]
 
-    def differs(self, row: int, blocks: list[int]) -> bool:
-        """Whether a row that is taken holds something else."""
-        return row >= 0 and self._blocks[row, : len(blocks)].tolist() != blocks
+    def _take_row(self, seq: Sequence) -> None:
+        if not self._free_rows:
+            count = len(self._rows)
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+            self._free_rows = list(range(count, 2 * count))
+        seq.table_row = self._free_rows.pop()
+        self._put(seq.table_row, 0, seq.block_table)
 
-    def _fit(self, pages: int) -> None:
-        if (width := self._blocks.shape[1]) < pages:
-            wider = np.zeros((len(self._blocks), max(pages, 2 * width)), dtype=np.int64)
-            wider[:, :width] = self._blocks
-            self._blocks = wider
+    def _put(self, row: int, index: int, blocks: list[int]) -> None:
+        self._widen(index + len(blocks))
+        self._rows[row, index : index + len(blocks)] = blocks
+
+    def _widen(self, pages: int) -> None:
+        if (width := self._rows.shape[1]) < pages:
+            wider = np.zeros((len(self._rows), max(pages, 2 * width)), dtype=np.int64)
+            wider[:, :width] = self._rows
+            self._rows = wider
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Raises AssertionError when a row is not its sequence's table, or the pool counts fewer holders."""
+        tables = []
+        for seq in sequences:
+            table = seq.block_table
+            tables.append(table)
+            if seq.table_row >= 0 and self._rows[seq.table_row, : len(table)].tolist() != table:
+                raise AssertionError(f"sequence {seq.id} has another table in its row")
+            if len(set(table)) != len(table):
+                raise AssertionError(f"sequence {seq.id} holds a block twice")
+        self._pool.check_integrity([*tables, list(self._left.elements())])

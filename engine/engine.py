@@ -170,7 +170,6 @@ class Engine:
             self._measure(plan, time.perf_counter() - started)
             self._take_in(outcome)
             self._admit()
-            await asyncio.sleep(0)
 
     def _take_in(self, outcome: Outcome) -> None:
         """Tell the streams what a step did; those whose last sequence has come to its end are over."""

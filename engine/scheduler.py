@@ -37,10 +37,9 @@ class Scheduler:
         self._extending: dict[int, Sequence] = {}
         self._rows: Rows | None = None  # of all that are decoding, where that has not changed
         self._tenants = Tenants()
-        self._tables = BlockTables()
+        self._tables = BlockTables(pool)
         self._places = 0  # taken by active sequences; one that will fork into n takes n
         self._step: Step | None = None  # in flight
-        self._left: Counter[int] = Counter()  # blocks that the step copies from, held until it is done
         self.num_preemptions = 0
 
     # -- who is here --------------------------------------------------------------------------------------------------
@@ -72,18 +71,14 @@ class Scheduler:
                 f"{self._pool.num_blocks * seq.block_size}; shorten the prompt or lower max_tokens",
                 "max_tokens",
             )
-        if not self._fits_beside(seq, 0):
-            raise InvalidRequest(f"n is {seq.params.n}; this node runs {self.max_num_seqs} at once, and each needs a "
-                                 "block of KV beside the prompt's", "n")  # fmt: skip
+        n = seq.params.n
+        if n > self.max_num_seqs or seq.blocks_needed + n - 1 > self._pool.num_blocks:
+            raise InvalidRequest(f"n is {n}; this node runs {self.max_num_seqs} at once, and each needs a block of KV "
+                                 "beside the prompt's", "n")  # fmt: skip
         if len(self.of(Status.WAITING)) >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} requests are waiting on this node already; try again later")
         self._sequences[seq.id] = seq
         self._tenants.enqueue(seq)
-
-    def _fits_beside(self, seq: Sequence, places: int) -> bool:
-        """Whether an empty pool would take it beside so many others."""
-        n = seq.params.n
-        return places + n <= self.max_num_seqs and seq.blocks_needed + n - 1 <= self._pool.num_blocks
 
     # -- admission ----------------------------------------------------------------------------------------------------
 
@@ -121,18 +116,13 @@ class Scheduler:
         return victims_for_admission(seq, self._tenants, places, blocks, freed)
 
     def _activate(self, seq: Sequence, tenant: Tenant, reused: list[int]) -> None:
-        self._pool.hold(reused)
-        fresh = self._pool.allocate(seq.blocks_needed - len(reused))
-        if fresh is None:
-            raise AssertionError(f"sequence {seq.id} was let in and there are no blocks for it")
-        seq.block_table = reused + fresh
+        self._tables.open(seq, reused)
         seq.num_computed = seq.num_reused = len(reused) * seq.block_size
-        self._seat(seq, tenant)
         seq.status = Status.RESTORING
         seq.admissions += 1
+        self._seat(seq, tenant)
 
     def _seat(self, seq: Sequence, tenant: Tenant) -> None:
-        seq.table_row = self._tables.take(seq.block_table)
         tenant.active[seq.id] = seq
         self._places += seq.params.n
 
@@ -164,17 +154,17 @@ class Scheduler:
         if self._step is not None:
             raise AssertionError("a step is in flight")
         rows, chunks = self._choose()
-        copies = self._reach(rows, chunks)
+        self._reach(rows, chunks)
         if not all(seq.status is Status.RUNNING for seq in rows.seqs):
             rows = Rows([seq for seq in rows.seqs if seq.status is Status.RUNNING])
         chunks = [(seq, end) for seq, end in chunks if seq.status is Status.RUNNING]
         if not rows.seqs and not chunks:
-            self._let_copied_go()
+            self._tables.copies_are_made()
             return None
         self._step = Step(rows, chunks)
         for seq in self._step.seqs:
             seq.in_flight = True
-        return make_plan(self._step, self._tables, copies)
+        return make_plan(self._step, self._tables)
 
     def _choose(self) -> tuple[Rows, list[tuple[Sequence, int]]]:
         """Who decodes, and who computes a chunk, up to which token."""
@@ -206,53 +196,22 @@ class Scheduler:
             wanted[seq.tenant] += len(seq.token_ids) - seq.num_computed
         return self._tenants.split(self._budget, wanted)
 
-    def _reach(self, rows: Rows, chunks: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
+    def _reach(self, rows: Rows, chunks: list[tuple[Sequence, int]]) -> None:
         """Make the block tables cover what will be computed, each in a block of its own, pushing sequences out if need
-        be; the (from, to) copies that this takes. The smallest holders go first, so that the others pay."""
+        be. The smallest holders go first, so that the others pay."""
         short = [(seq, len(seq.token_ids)) for seq in rows.short()]
         short += [(s, end) for s, end in chunks if len(s.block_table) * s.block_size < end or s.shares_tail]
         if not short:
-            return []
+            return
         short.sort(key=lambda pair: pair[0].rank)
         if len(self._tenants.busy) > 1:
             tenants = {seq.tenant: self._tenants[seq.tenant] for seq, _ in short}
             held = {name: blocks_of(tenant.active.values()) / tenant.weight for name, tenant in tenants.items()}
             short.sort(key=lambda pair: held[pair[0].tenant])
-        copies = []
         for seq, end in short:
-            while seq.status is Status.RUNNING and len(seq.block_table) * seq.block_size < end:
-                if (block := self._take_block(seq)) is not None:
-                    self._tables.put(seq.table_row, len(seq.block_table), block)
-                    seq.block_table.append(block)
-            if seq.status is Status.RUNNING and seq.shares_tail and (pair := self._own_tail(seq)):
-                copies.append((seq, pair))
+            while seq.status is Status.RUNNING and not self._tables.fit(seq, end):
+                self.preempt(victim_for_growth(seq, self._tenants))
         rows.refit()
-        return [pair for seq, pair in copies if seq.status is Status.RUNNING]
-
-    def _own_tail(self, seq: Sequence) -> tuple[int, int] | None:
-        """Copy on write: the block that is written next leaves the tables of others; who is the last one in it keeps
-        it. The copy that is to be made, if any."""
-        index = seq.blocks_computed
-        shared = seq.block_table[index]
-        if self._pool.holders(shared) - self._left[shared] > 1:
-            if (own := self._take_block(seq)) is None:
-                return None
-            seq.block_table[index] = own
-            self._tables.put(seq.table_row, index, own)
-            self._left[shared] += 1
-            seq.shares_tail = False
-            return (shared, own)
-        seq.shares_tail = False
-        return None
-
-    def _take_block(self, seq: Sequence) -> int | None:
-        """A block for a running sequence; None when it was pushed out for the lack of one."""
-        while (blocks := self._pool.allocate(1)) is None:
-            victim = victim_for_growth(seq, self._tenants)
-            self.preempt(victim)
-            if victim is seq:
-                return None
-        return blocks[0]
 
     def finish_step(self, outcome: Outcome) -> list[Sequence]:
         """Take a step's outcome in, and tell each sequence's sink. Returns those that came to their end, which keep
@@ -263,9 +222,8 @@ class Scheduler:
         step = self._end_step()
         self._tenants.charge(step.tokens_by_tenant())
         finished: list[Sequence] = []
-        told = outcome.logprobs or repeat(None)
-        drawn = iter(zip(outcome.tokens, told, strict=False))
-        for seq, (token, logprobs) in zip(step.rows.seqs, drawn, strict=False):
+        seqs, tokens, told = step.rows.seqs, outcome.tokens, outcome.logprobs
+        for seq, token, logprobs in zip(seqs, tokens, told or repeat(None), strict=False):
             if seq.withdrawn:
                 self.withdraw(seq)
                 continue
@@ -276,17 +234,18 @@ class Scheduler:
                 reason = self._mark(seq, token, finished)
             seq.sink(TokenEvent(seq, token, reason, logprobs))
         if step.rows is self._rows:
-            self._rows.advance(outcome.tokens[: len(step.rows.seqs)])
+            self._rows.advance(tokens[: len(seqs)])
         else:
             self._rows = None
+        drawn = islice(zip(tokens, told or repeat(None), strict=False), len(seqs), None)
         scores = iter(outcome.prompt_logprobs)
         for seq, end in step.chunks:
             scored = next(scores) if scores_of(seq, end) else ()
-            tokens = list(islice(drawn, draws_of(seq, end)))
+            choices = list(islice(drawn, draws_of(seq, end)))
             if seq.withdrawn:
                 self.withdraw(seq)
             else:
-                self._take_chunk(seq, end, tokens, scored, finished)
+                self._take_chunk(seq, end, choices, scored, finished)
         return finished
 
     def _mark(self, seq: Sequence, token: int, finished: list[Sequence]) -> str | None:
@@ -342,16 +301,14 @@ class Scheduler:
             self._run(branch)
 
     def _fork(self, seq: Sequence, offsets: Iterable[int]) -> list[Sequence]:
-        """Split a running sequence into choices, the first of which it is itself. All stand in the same blocks; the
-        last one, if it is partial, is copied once somebody writes to it."""
+        """Split a running sequence into choices, the first of which it is itself."""
         first, *others = offsets
         self._places -= seq.params.n - 1
-        seq.shares_tail = seq.num_computed % seq.block_size > 0
         branches = [seq.fork(offset) for offset in others]
+        self._tables.share(seq, branches)
         seq.become(first)
         for branch in branches:
             self._sequences[branch.id] = branch
-            self._pool.hold(branch.block_table)
             self._seat(branch, self._tenants[branch.tenant])
         return [seq, *branches]
 
@@ -372,13 +329,8 @@ class Scheduler:
             raise AssertionError("no step is in flight")
         for seq in step.seqs:
             seq.in_flight = False
-        self._let_copied_go()
+        self._tables.copies_are_made()
         return step
-
-    def _let_copied_go(self) -> None:
-        if self._left:
-            left, self._left = self._left, Counter()
-            self._pool.release(list(left.elements()))
 
     # -- leaving ------------------------------------------------------------------------------------------------------
 
@@ -414,8 +366,6 @@ class Scheduler:
 
     def _unseat(self, seq: Sequence) -> None:
         """Give back its place among the active ones."""
-        self._tables.give(seq.table_row)
-        seq.table_row = -1
         if self._decoding.pop(seq.id, None) is not None:
             self._rows = None
         self._extending.pop(seq.id, None)
@@ -423,15 +373,13 @@ class Scheduler:
         self._places -= seq.params.n
 
     def _drop_blocks(self, seq: Sequence) -> None:
-        self._pool.release(seq.block_table)
-        seq.block_table = []
+        self._tables.close(seq)
         seq.filled = set()
         seq.num_computed = 0
-        seq.shares_tail = False
 
     def check_integrity(self) -> None:
         """Raises AssertionError when block tables, states and counts disagree."""
-        self._pool.check_integrity(seq.block_table for seq in self._sequences.values())
+        self._tables.check_integrity(self._sequences.values())
         active = self.of(Status.RESTORING, Status.RUNNING)
         if self._places != sum(seq.params.n for seq in active):
             raise AssertionError(f"{self._places} places are taken by {len(active)} active sequences")
@@ -447,10 +395,8 @@ class Scheduler:
             held = len(seq.block_table)
             problem = (
                 (seq.status is Status.WAITING and held and "waits and holds blocks")
-                or (len(set(seq.block_table)) != held and "holds a block twice")
                 or (held * seq.block_size < seq.num_computed and "has computed more than it holds")
                 or (len(seq.names) < seq.reuse_cap and "has unnamed full blocks")
-                or (self._tables.differs(seq.table_row, seq.block_table) and "has another table in its row")
             )
             if problem:
                 raise AssertionError(f"sequence {seq.id} ({seq.status.value}) {problem}")

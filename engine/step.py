@@ -42,7 +42,7 @@ def scores_of(seq: Sequence, end: int) -> list[int]:
     return [] if seq.params.prompt_logprobs is None else seq.to_score(end)
 
 
-def make_plan(step: Step, tables: BlockTables, copies: list[tuple[int, int]]) -> StepPlan:
+def make_plan(step: Step, tables: BlockTables) -> StepPlan:
     """The step as plain data: nothing in it changes while it is in flight."""
     rows, count = step.rows, len(step.rows.seqs)
     ids, positions, tokens, table_rows = rows.ids, rows.positions, rows.tokens, rows.table_rows
@@ -75,6 +75,6 @@ def make_plan(step: Step, tables: BlockTables, copies: list[tuple[int, int]]) ->
         tables=tables.gather(table_rows, -(-int((positions + lengths).max()) // block_size)),
         draw_rows=draw_rows,
         draws=draws,
-        copies=np.array(copies, dtype=np.int64).reshape(-1, 2),
+        copies=tables.copies(),
         scores=scores,
     )

@@ -200,7 +200,7 @@ class World:
     def check(self) -> None:
         self.scheduler.check_integrity()
         sequences = self.scheduler._sequences.values()
-        held = Counter(block for seq in sequences for block in seq.block_table) + self.scheduler._left
+        held = Counter(block for seq in sequences for block in seq.block_table) + self.scheduler._tables._left
         for block in range(self.pool.num_blocks):
             assert self.pool.holders(block) == held[block], "holders are not the tables that a block stands in"
         assert sum(seq.params.n for seq in self.active()) <= self.max_num_seqs
