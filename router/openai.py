@@ -17,21 +17,39 @@ import msgspec
 from msgspec import Meta
 
 from kvferry.common.errors import InvalidRequest
+from kvferry.router import values
+from kvferry.router.values import (
+    BadWords,
+    Biases,
+    Count,
+    Flag,
+    MinP,
+    MinTokens,
+    ModelName,
+    Penalty,
+    PromptValue,
+    Repetition,
+    Role,
+    Salt,
+    Seed,
+    Stops,
+    StopTokens,
+    Temperature,
+    TopK,
+    TopP,
+    shown,
+)
 
 Kind = Literal["completion", "chat"]
 Body = TypeVar("Body", bound=msgspec.Struct)
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_SALT_CHARS = 256
 MAX_NAME_SHOWN = 64
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat's is the rest of the context
-ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is one of ROLES."""
+    """One turn. `role` is one of `values.ROLES`."""
 
     role: str
     content: str
@@ -61,6 +79,13 @@ class GenerationRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    bad_words: tuple[str, ...] = field(default=(), repr=False)
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = field(default=(), repr=False)
@@ -68,22 +93,6 @@ class GenerationRequest:
     stream: bool = False
     include_usage: bool = False
     return_token_ids: bool = False
-
-
-# A `description` completes the sentence "FIELD must be ...".
-Flag = Annotated[bool, Meta(description="true or false")]
-ModelName = Annotated[str, Meta(min_length=1, description="the name of a model")]
-Count = Annotated[int, Meta(ge=1, lt=2**31, description="a whole number of at least 1")]
-MinTokens = Annotated[int, Meta(ge=0, lt=2**31, description="a whole number of at least 0")]
-Temperature = Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]
-TopP = Annotated[float, Meta(gt=0, le=1, description="a number above 0, up to 1")]
-TopK = Annotated[int, Meta(ge=-1, lt=2**31, description="a whole number of at least 1, or 0 or -1 for off")]
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="a whole number of at most 64 bits")]
-Stops = Annotated[Any, Meta(description=f"a string or a list of up to {MAX_STOPS} strings, each of 1 to "
-                                        f"{MAX_STOP_CHARS} characters")]  # fmt: skip
-Salt = Annotated[str, Meta(max_length=MAX_SALT_CHARS, description=f"a string of up to {MAX_SALT_CHARS} characters")]
-PromptValue = Annotated[str | list[Any], Meta(description="a string, or a list of token ids, or a list of one string")]
-Role = Annotated[Literal["system", "developer", "user", "assistant"], Meta(description=f"one of {', '.join(ROLES)}")]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -107,6 +116,13 @@ class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: Biases | None = None
+    bad_words: BadWords | None = None
+    stop_token_ids: StopTokens | None = None
     seed: Seed | None = None
     ignore_eos: Flag | None = None
     stop: Stops | None = None
@@ -127,9 +143,8 @@ class ChatBody(CommonBody, frozen=True, kw_only=True):
 
 ANYTHING = object()
 NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
-    "repetition_penalty": (1,), "length_penalty": (1,), "min_p": (0,), "use_beam_search": (False,),
-    "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": ([],), "include_stop_str_in_output": (False,),
+    "n": (1,), "best_of": (1,), "length_penalty": (1,), "use_beam_search": (False,), "allowed_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "prompt_logprobs": (),
     "truncate_prompt_tokens": (), "priority": (0,), "user": (ANYTHING,),
     "metadata": (ANYTHING,), "store": (False,), "service_tier": ("auto", "default"),
@@ -180,9 +195,16 @@ def _request(kind: Kind, body: CommonBody, prompt: Prompt, max_tokens: int | Non
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=() if body.logit_bias is None else values.biases(body.logit_bias),
+        bad_words=() if body.bad_words is None else values.bad_words(body.bad_words),
+        stop_token_ids=() if body.stop_token_ids is None else values.stop_tokens(body.stop_token_ids),
         seed=None if body.seed is None else body.seed % 2**64,
         ignore_eos=bool(body.ignore_eos),
-        stop=_stops(body.stop),
+        stop=() if body.stop is None else values.stops(body.stop),
         cache_salt=body.cache_salt or "",
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
@@ -221,16 +243,6 @@ def _conversation(messages: list[MessageBody]) -> Conversation:
     return Conversation(tuple(Message(message.role, text(message.content)) for message in messages))
 
 
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = (value,) if isinstance(value, str) else (() if value is None else value)
-    if not isinstance(stops, list | tuple) or len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"stop must be {_expected(CommonBody, 'stop')}, not {_shown(value)}", "stop")
-    for stop in stops:
-        if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
-            raise InvalidRequest(f"stop must be {_expected(CommonBody, 'stop')}; one is {_shown(stop)}", "stop")
-    return tuple(stops)
-
-
 def _parse_json(body: bytes) -> dict[str, Any]:
     """NaN, Infinity, numbers out of range and unpaired surrogates are not JSON and refused here."""
     try:
@@ -243,7 +255,7 @@ def _parse_json(body: bytes) -> dict[str, Any]:
         detail = str(error).removeprefix("JSON is malformed: ").partition(" - at ")[0].lower()
         raise InvalidRequest(f"the body is not valid JSON: {detail}") from None
     if not isinstance(raw, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {_shown(raw)}")
+        raise InvalidRequest(f"the body must be a JSON object, not {shown(raw)}")
     return raw
 
 
@@ -313,7 +325,7 @@ def _refusal(error: msgspec.ValidationError, raw: dict[str, Any], body: type) ->
     value: Any = raw
     for step in re.findall(r"\w+", path):
         value = value[int(step)] if isinstance(value, list) else value[step]
-    return InvalidRequest(f"{path} must be {_expected(body, path)}, not {_shown(value)}", path)
+    return InvalidRequest(f"{path} must be {_expected(body, path)}, not {shown(value)}", path)
 
 
 def _expected(body: type, path: str) -> str:
@@ -340,16 +352,3 @@ def _descriptions(body: type) -> dict[str, tuple[str, type | None]]:
         return described, inner
 
     return {name: walk(hint) for name, hint in get_type_hints(body, include_extras=True).items()}
-
-
-def _shown(value: Any) -> str:
-    """A value in an error: numbers and the like as they are, text and containers only by kind."""
-    if isinstance(value, str):
-        return f"a string of {len(value)} characters"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, int) and value.bit_length() > 64:
-        return "a number of more than 64 bits"
-    return msgspec.json.encode(value).decode()

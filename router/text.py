@@ -66,6 +66,26 @@ class Tokenizer:
             return self._tokenizer.encode(prompt)
         return self._tokenizer.encode(self._render(prompt), add_special_tokens=False)
 
+    async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token sequences of words that are never to be said: as a text begins with them, and after a space.
+        Raises InvalidRequest for a word that has no tokens."""
+        if 2 * sum(TURN_CHARS + len(word) for word in words) <= INLINE_CHARS:
+            return self._bad_words(words)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._bad_words, words)
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            at_start, within = (
+                tuple(self._tokenizer.encode(lead + word.lstrip(), add_special_tokens=False)) for lead in ("", " ")
+            )
+            if not at_start:
+                raise InvalidRequest("bad_words has a word that is no token of this model", "bad_words")
+            found.append(at_start)
+            if within[-len(at_start) :] != at_start:  # else barring the one bars the other
+                found.append(within)
+        return tuple(dict.fromkeys(found))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of whole token ids. Special tokens, and ids that the tokenizer does not know, have none."""
         return self._decode_shown([token for token in token_ids if self._shows(token)])

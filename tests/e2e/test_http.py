@@ -75,7 +75,7 @@ def test_metrics_of_nodes_and_store(llama):
         ({"logprobs": 5}, "logprobs"),
         ({"echo": True}, "echo"),
         ({"best_of": 3}, "best_of"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"max_token": 5}, "max_token"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": [1, 2, 300]}, "prompt"),

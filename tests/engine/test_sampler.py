@@ -20,7 +20,7 @@ VOCAB = 41
 TOKEN = st.integers(0, VOCAB - 1)
 VALUES = {
     "temperature": st.sampled_from([0.0, 0.2, 0.7, 1.0, 1.9]),
-    "top_p": st.sampled_from([1.0, 0.999, 0.91, 0.5, 0.13, 1e-6]),
+    "top_p": st.sampled_from([1.0, 0.999, 0.91, 0.5, 0.13, 1e-6, 0.0]),
     "top_k": st.sampled_from([0, 1, 2, 5, 40, 41, 1000]),
     "min_p": st.sampled_from([0.0, 1e-6, 0.05, 0.4, 1.0]),
     "presence_penalty": st.sampled_from([0.0, 0.5, -2.0, 2.0]),

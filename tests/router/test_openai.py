@@ -50,6 +50,9 @@ def test_defaults():
         assert (request.temperature, request.top_p, request.top_k, request.seed) == (1.0, 1.0, 0, None)
         assert (request.stop, request.cache_salt, request.stream, request.include_usage) == ((), "", False, False)
         assert (request.min_tokens, request.ignore_eos) == (0, False)
+        assert (request.min_p, request.presence_penalty, request.frequency_penalty) == (0.0, 0.0, 0.0)
+        assert (request.repetition_penalty, request.logit_bias) == (1.0, ())
+        assert (request.bad_words, request.stop_token_ids) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,14 @@ def test_defaults():
         ("ignore_eos", True, "ignore_eos", True),
         ("cache_salt", "s" * 256, "cache_salt", "s" * 256),
         ("stream", True, "stream", True),
+        ("min_p", 0.25, "min_p", 0.25),
+        ("presence_penalty", -2, "presence_penalty", -2.0),
+        ("frequency_penalty", 1.5, "frequency_penalty", 1.5),
+        ("repetition_penalty", 1.1, "repetition_penalty", 1.1),
+        ("logit_bias", {"5": 1, "0": -100.0, "50256": 0.5}, "logit_bias", ((5, 1.0), (0, -100.0), (50256, 0.5))),
+        ("logit_bias", {str(i): 1 for i in range(1024)}, "logit_bias", tuple((i, 1.0) for i in range(1024))),
+        ("bad_words", ["a", " b"], "bad_words", ("a", " b")),
+        ("stop_token_ids", [2, 0], "stop_token_ids", (2, 0)),
     ],
 )
 @pytest.mark.parametrize("kind", MINIMAL)
@@ -137,6 +148,42 @@ def test_refused_prompts(sent, says):
         ("cache_salt", "s" * 257),
         ("cache_salt", 5),
         ("stream", 1),
+        ("min_p", 1.1),
+        ("min_p", -0.1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", "much"),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 101),
+        ("repetition_penalty", True),
+        ("logit_bias", []),
+        ("logit_bias", 5),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"5 ": 1}),
+        ("logit_bias", {"\u0665": 1}),
+        ("logit_bias", {"4294967296": 1}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"5": None}),
+        ("logit_bias", {str(i): 1 for i in range(1025)}),
+        ("bad_words", "word"),
+        ("bad_words", [""]),
+        ("bad_words", ["  "]),
+        ("bad_words", [5]),
+        ("bad_words", ["a" * 257]),
+        ("bad_words", ["a"] * 129),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [2**32]),
+        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", ["5"]),
+        ("stop_token_ids", [1] * 129),
     ],
 )
 def test_wrong_values_name_their_field(kind, field, value):
@@ -219,9 +266,8 @@ def test_neutral_values_change_nothing(kind, name, value):
         ("completion", "echo", True),
         ("completion", "logprobs", 0),
         ("completion", "suffix", "x"),
-        ("completion", "frequency_penalty", 0.5),
-        ("completion", "presence_penalty", -1),
-        ("completion", "logit_bias", {"5": 1}),
+        ("completion", "length_penalty", 0.5),
+        ("completion", "allowed_token_ids", [1]),
         ("completion", "prompt_logprobs", 1),
         ("chat", "n", 0),
         ("chat", "logprobs", True),
@@ -313,6 +359,8 @@ def test_any_object_is_a_request_or_a_refusal(kind, fields, whole):
         assert 0 <= request.temperature <= 2
         assert request.seed is None or 0 <= request.seed < 2**64
         assert all(request.stop)
+        assert all(abs(bias) <= 100 for _, bias in request.logit_bias)
+        assert all(0 <= token < 2**32 for token in request.stop_token_ids)
 
 
 @settings(max_examples=500, deadline=None)
@@ -323,7 +371,8 @@ def test_any_bytes_are_a_request_or_a_refusal(body):
 
 
 def test_nothing_of_the_client_is_in_the_repr():
-    request = parse("completion", prompt="secret-1", stop="secret-2", cache_salt="secret-3")
+    written = {"prompt": "secret-1", "stop": "secret-2", "cache_salt": "secret-3", "bad_words": ["secret-4"]}
+    request = parse("completion", **written)
     assert "secret" not in repr(request)
 
 

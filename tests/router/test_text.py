@@ -170,6 +170,27 @@ def test_long_and_short_prompts_encode_alike():
     assert asyncio.run(encode((1, 2))) == [1, 2]
 
 
+def test_bad_words_are_barred_at_the_start_and_after_a_space():
+    def tokens(tokenizer: Tokenizer, *words: str):
+        return asyncio.run(tokenizer.bad_words(words))
+
+    assert tokens(BYTES, "ab", " c", "ab") == ((97, 98), (99,))
+    assert tokens(BYTES, *["b" * 200] * 20) == ((98,) * 200,), "many words are encoded in the thread"
+    ids = FALLBACK._tokenizer.convert_tokens_to_ids
+    assert tokens(FALLBACK, "he") == ((ids("\u2581he"),),)
+    spaced = byte_fallback_tokenizer()
+    spaced.backend_tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    assert tokens(Tokenizer(spaced), " he", "bhe") == (
+        (ids("he"),),
+        (ids("\u2581he"),),
+        (ids("b"), ids("he")),
+    )
+    spaced.backend_tokenizer.normalizer = normalizers.Replace("z", "")
+    with pytest.raises(InvalidRequest, match="no token of this model") as refused:
+        tokens(Tokenizer(spaced), "z")
+    assert refused.value.param == "bad_words"
+
+
 @pytest.mark.parametrize("token_ids", [[], [264], [-1], [0, 2**31]])
 def test_token_ids_outside_of_the_vocabulary(token_ids):
     check_token_ids([0, 263], 264)
