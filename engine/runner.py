@@ -51,7 +51,7 @@ class Runner:
     def execute(self, plan: StepPlan) -> Outcome:
         """What each draw chose, what each score tells. Raises Internal when the model gives NaN."""
         logits = self.logits(plan)
-        if logits.isnan().any():
+        if logits.amax(dim=1).isnan().any():  # a maximum over NaN is NaN
             raise Internal("the model's logits are not numbers: it overflows in this dtype, or its weights are broken")
         drawn = self._sampler.sample(logits[: len(plan.draws)], plan.draws)
         told, at = [], len(plan.draws)

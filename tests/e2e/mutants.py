@@ -6,6 +6,7 @@ The file holds the name of the fault, or nothing, and is read each time, so that
 `serve` starts its children the way it was started, so they are patched as well.
 """
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -51,8 +52,8 @@ def spoil_positions() -> None:
     lay_out = runner.lay_out
 
     def spoilt(*what):
-        tokens, positions, batch = lay_out(*what)
-        return tokens, positions + (fault() == POSITIONS), batch
+        inputs = lay_out(*what)
+        return dataclasses.replace(inputs, positions=inputs.positions + (fault() == POSITIONS))
 
     runner.lay_out = spoilt
 
