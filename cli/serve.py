@@ -23,7 +23,7 @@ from kvferry.cli.supervisor import ChildSpec, Supervisor
 from kvferry.common.clock import MonotonicClock
 from kvferry.common.config import RouterConfig, parse_size
 from kvferry.common.errors import ConfigError
-from kvferry.common.process import Note, die_with_parent
+from kvferry.common.process import Note, die_with_parent, usable_cores
 from kvferry.common.telemetry import setup_logging
 
 ROUTER_DRAIN_S = 1.5  # less than the supervisor's patience, so that the router ends its streams itself
@@ -139,7 +139,7 @@ def serve(
                 )
                 check(plan)
                 command = (sys.executable, os.path.abspath(sys.argv[0]))
-                asyncio.run(_serve(stages(plan, command, len(os.sched_getaffinity(0))), plan, shown))
+                asyncio.run(_serve(stages(plan, command, usable_cores()), plan, shown))
             finally:
                 shutil.rmtree(folder)
         finally:

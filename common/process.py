@@ -1,14 +1,29 @@
-"""A child process and the one that started it: progress and readiness upwards, never outliving the parent."""
+"""A process and its place on the machine: the cores it may use, and the process that started it (progress and readiness
+go upwards; it never outlives its parent)."""
 
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 import msgspec
 
 from kvferry.common.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores(cpu_max: Path = CPU_MAX) -> int:
+    """How many cores this process may keep busy: its affinity, or its cgroup's CPU quota (v2) where that is less."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+    except OSError:  # no such cgroup
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -23,6 +23,7 @@ from kvferry.engine.sequence import Sequence, Sink, Status
 log = logging.getLogger(__name__)
 
 Restore = Callable[[Sequence], Awaitable[None]]
+CHECK_EVERY_S = 5.0  # at the most, when idle: it takes milliseconds for a large pool
 RATE_MEMORY = 0.8  # weight of the past in the measured prefill rate
 
 
@@ -152,12 +153,15 @@ class Engine:
     async def run(self) -> None:
         """The loop. Ends when `stop` is called; an error in a step fails the sequences of that step only."""
         loop = asyncio.get_running_loop()
+        check_at = loop.time()
         while not self._stopping:
             plan = self.scheduler.schedule()
             self._admit()
             if plan is None:
                 self._wake.clear()
-                self.scheduler.check_integrity()
+                if loop.time() >= check_at:
+                    self.scheduler.check_integrity()
+                    check_at = loop.time() + CHECK_EVERY_S
                 await self._wake.wait()
                 continue
             started = time.perf_counter()

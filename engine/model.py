@@ -17,6 +17,7 @@ from transformers.utils.logging import set_tqdm_hook
 from kvferry.common.block import DTYPE_BYTES, BlockLayout
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, IncompatibleNode
+from kvferry.common.process import usable_cores
 from kvferry.engine.architectures import OWN_ATTENTION, architecture, check_config, check_known, check_max_model_len
 from kvferry.engine.attention import ATTENTION_NAME
 from kvferry.engine.checkpoint import end_tokens, find_folder, read_config, told_as
@@ -50,8 +51,7 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     max_model_len = check_max_model_len(config.max_model_len, hf_config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, hf_config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or usable_cores())
     layout = kv_layout(hf_config, config.block_size, dtype)
     fingerprint = fingerprint_of(folder, hf_config, dtype, progress)
     module = read_weights(folder, architecture(hf_config), getattr(torch, dtype), progress)

@@ -120,9 +120,6 @@ class Scheduler:
         seq.num_computed = seq.num_reused = len(reused) * seq.block_size
         seq.status = Status.RESTORING
         seq.admissions += 1
-        self._seat(seq, tenant)
-
-    def _seat(self, seq: Sequence, tenant: Tenant) -> None:
         tenant.active[seq.id] = seq
         self._places += seq.params.n
 
@@ -303,13 +300,12 @@ class Scheduler:
     def _fork(self, seq: Sequence, offsets: Iterable[int]) -> list[Sequence]:
         """Split a running sequence into choices, the first of which it is itself."""
         first, *others = offsets
-        self._places -= seq.params.n - 1
+        self._places += 1 + len(others) - seq.params.n  # fewer, where some have ended already
         branches = [seq.fork(offset) for offset in others]
         self._tables.share(seq, branches)
         seq.become(first)
         for branch in branches:
-            self._sequences[branch.id] = branch
-            self._seat(branch, self._tenants[branch.tenant])
+            self._sequences[branch.id] = self._tenants[seq.tenant].active[branch.id] = branch
         return [seq, *branches]
 
     def abandon_step(self) -> list[Sequence]:

@@ -21,7 +21,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
     from transformers import AutoTokenizer  # takes two seconds, so only who loads one pays
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a broken file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
