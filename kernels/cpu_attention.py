@@ -1,20 +1,19 @@
-"""Paged attention on the CPU in plain torch operators, without fresh memory for what it gathers.
+"""Paged attention on the CPU in plain torch operators, without fresh memory for what it gathers. Held to `reference`,
+its twin.
 
-A group of rows has its keys gathered from their blocks into a buffer that stays in the cores' caches, is attended to
-from there, and then its values, into the same buffer. Gathering copies whole `[block_size, head_dim]` tiles: seen from
-one layer's first K or V tile, those of all blocks and heads lie at one stride, so one list of tiles serves all layers.
-Held to `reference`, its twin.
+Keys and values are gathered from their blocks as whole `[block_size, head_dim]` tiles. Rows of one token are in
+`cpu_decode`; those of several are attended to here, one by one.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from kvferry.kernels.cpu_decode import CpuDecode
 from kvferry.kernels.reference import Ragged
-from kvferry.kernels.row_groups import DecodeRows, ExtendRow, decode_rows, extend_rows, mask_of_pieces
+from kvferry.kernels.row_groups import ExtendRow, decode_rows, extend_rows, mask_of_pieces
+from kvferry.kernels.workspace import Workspace, tiles_of_layer
 
 GATHER_BYTES = 2**21  # for one group's keys, so that they are still in L2 when they are read
 PIECE = 256  # tokens of a row with a prefix that are attended to at once
@@ -32,9 +31,9 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A step's rows as a layer with one window sees them; `mask` is that of `row_groups.mask_of_pieces`."""
+    """A step's rows as layers of one kind see them; `mask` is that of `row_groups.mask_of_pieces`."""
 
-    decode: DecodeRows
+    decode: CpuDecode | None
     extend: list[ExtendRow]
     mask: torch.Tensor | None
 
@@ -43,14 +42,14 @@ class CpuAttention:
     """One step's attention over `pool[num_blocks, kv_heads, layers, 2, block_size, head_dim]`, contiguous.
 
     What it returns is new memory. What grows with the contexts stays in `workspace`, but for a step's lists of tiles (8
-    bytes each) and the mask of rows of several tokens.
+    bytes each), of what rows of different contexts do not see, and the mask of rows of several tokens.
     """
 
-    def __init__(self, pool: torch.Tensor, workspace: "Workspace", ragged: Ragged, slot_mapping: torch.Tensor):
+    def __init__(self, pool: torch.Tensor, workspace: Workspace, ragged: Ragged, slot_mapping: torch.Tensor):
         _, self._kv_heads, self._layers, _, self._block_size, self._head_dim = pool.shape
         self._pool, self._workspace, self._ragged = pool, workspace, ragged
         self._longest = int(ragged.contexts.max())
-        self._rows: dict[tuple[int | None, bool], Rows] = {}
+        self._rows: dict[tuple[int | None, bool, bool], Rows] = {}
         block, offset = slot_mapping // self._block_size, slot_mapping % self._block_size
         first_tile = (block[:, None] * self._kv_heads + torch.arange(self._kv_heads)) * self._layers * 2
         self._slots = (first_tile * self._block_size + offset[:, None]).flatten()  # vectors of layer 0's keys
@@ -74,47 +73,26 @@ class CpuAttention:
         `reference.extend_attention` says."""
         if window is not None and window >= self._longest:
             window = None
-        plain = softcap is None and sinks is None
-        if (window, plain) not in self._rows:
-            self._rows[window, plain] = self._lay_out(window, plain, query)
-        rows, scoring = self._rows[window, plain], Scoring(scale, softcap, sinks)
-        out = query.new_empty(query.shape)
-        if rows.decode.groups:
-            self._decode(layer, rows.decode, query, scoring, out)
+        kind = (window, softcap is None and sinks is None, sinks is not None)
+        if kind not in self._rows:
+            self._rows[kind] = self._lay_out(*kind, query)
+        rows, out = self._rows[kind], query.new_empty(query.shape)
+        if rows.decode is not None:
+            rows.decode.attend(layer, query, scale, softcap, sinks, out)
         for row in rows.extend:
-            self._extend(layer, row, rows.mask, query, scoring, out)
+            self._extend(layer, row, rows.mask, query, Scoring(scale, softcap, sinks), out)
         return out
 
-    def _lay_out(self, window: int | None, plain: bool, query: torch.Tensor) -> Rows:
-        sizes = self._block_size, self._kv_heads
+    def _lay_out(self, window: int | None, plain: bool, sinks: bool, query: torch.Tensor) -> Rows:
+        sizes, heads = (self._block_size, self._kv_heads), query.shape[1]
         wide = torch.promote_types(query.dtype, torch.float32)
         element_bytes = wide.itemsize + (self._pool.element_size() if wide is not self._pool.dtype else 0)
-        tile_bytes = self._block_size * self._head_dim * element_bytes
-        piece = PIECE if plain else max(1, min(PIECE, MOST_SCORES // (query.shape[1] * self._longest)))
+        most_tiles = GATHER_BYTES // (self._block_size * self._head_dim * element_bytes)
+        decoding = decode_rows(self._ragged, *sizes, window, most_tiles)
+        decode = CpuDecode(self._pool, self._workspace, decoding, heads, query.dtype, sinks)
+        piece = PIECE if plain else max(1, min(PIECE, MOST_SCORES // (heads * self._longest)))
         extend = extend_rows(self._ragged, *sizes, window, piece, whole=plain)
-        decode = decode_rows(self._ragged, *sizes, window, GATHER_BYTES // tile_bytes)
-        return Rows(decode, extend, mask_of_pieces(extend, window, query.dtype))
-
-    def _decode(self, layer: int, rows: DecodeRows, query: torch.Tensor, scoring: Scoring, out: torch.Tensor) -> None:
-        """One token each: its query heads of one KV head are the rows of a product."""
-        wide = torch.promote_types(query.dtype, torch.float32)
-        asked = query.index_select(0, rows.tokens).to(wide).mul_(scoring.scale)
-        attended = torch.empty_like(asked)
-        for group in rows.groups:
-            of_group = slice(group.start, group.stop)
-            per_head = ((group.stop - group.start) * self._kv_heads, -1, self._head_dim)
-
-            def hide(scores: torch.Tensor, hidden: tuple[torch.Tensor, torch.Tensor] | None = group.hidden) -> None:
-                if hidden is not None:
-                    scores.unflatten(0, (-1, self._kv_heads))[hidden[0], :, :, hidden[1]] = -torch.inf
-
-            keys = self._gather("tiles", layer, 0, group.tiles, wide).view(per_head)[:, : group.width]
-            weights = self._weights(asked[of_group].view(per_head), keys, 1, scoring, hide)
-            values = self._gather("tiles", layer, 1, group.tiles, wide).view(per_head)[:, : group.width]
-            if group.hidden is not None:  # a weight of 0 does not make NaN nothing
-                values.unflatten(0, (-1, self._kv_heads))[group.hidden[0], :, group.hidden[1]] = 0
-            torch.bmm(weights, values, out=attended[of_group].view(per_head))
-        out.index_copy_(0, rows.tokens, attended.to(query.dtype))
+        return Rows(decode if decoding.groups else None, extend, mask_of_pieces(extend, window, query.dtype))
 
     def _extend(
         self,
@@ -128,9 +106,10 @@ class CpuAttention:
         """Several tokens of one row, a piece at a time."""
         plain = scoring.softcap is None and scoring.sinks is None
         dtype = query.dtype if plain else torch.promote_types(query.dtype, torch.float32)
-        shape = (self._kv_heads, -1, self._head_dim)
-        keys = self._gather("tiles", layer, 0, row.tiles, dtype).view(shape)
-        values = self._gather("values", layer, 1, row.tiles, dtype).view(shape)
+        keys, values = (
+            self._gather(name, tiles, row.tiles, dtype)
+            for name, tiles in zip(("keys", "values"), tiles_of_layer(self._pool, layer), strict=True)
+        )
         for piece in row.pieces:
             of_piece = keys[:, piece.positions], values[:, piece.positions]
             # [kv_heads, group, length, head_dim]: the query heads of one KV head together.
@@ -143,51 +122,30 @@ class CpuAttention:
                 attended = self._products(asked, *of_piece, own_mask, scoring)
             out[piece.tokens] = attended.permute(2, 0, 1, 3).flatten(1, 2)
 
+    def _gather(self, name: str, tiles: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`[kv_heads, positions, head_dim]` in the workspace, until the next gathering under that name."""
+        gathered = self._workspace.take(name, (len(wanted), tiles.shape[1]), tiles.dtype)
+        torch.index_select(tiles, 0, wanted, out=gathered)
+        if dtype is not tiles.dtype:
+            gathered = self._workspace.take(name, gathered.shape, dtype).copy_(gathered)
+        return gathered.view(self._kv_heads, -1, self._head_dim)
+
     def _products(
         self, asked: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
-        """What `fused` does, with softcap and sinks."""
-        rows = (asked * scoring.scale).flatten(1, 2)
-        length = asked.shape[2]
-
-        def hide(scores: torch.Tensor) -> None:
-            scores.unflatten(1, (-1, length)).add_(mask)
-
-        return torch.bmm(self._weights(rows, keys, length, scoring, hide), values).view_as(asked)
-
-    def _weights(
-        self,
-        asked: torch.Tensor,
-        keys: torch.Tensor,
-        length: int,
-        scoring: Scoring,
-        hide: Callable[[torch.Tensor], None],
-    ) -> torch.Tensor:
-        """`asked[N, M, head_dim]` (scaled), `keys[N, width, head_dim]` -> `[N, M, width]` in the workspace, until the
-        next one. In N KV heads run fastest, in M the `length` tokens; `hide` puts -inf where nothing is seen."""
-        shape = (*asked.shape[:2], keys.shape[1] + (scoring.sinks is not None))
+        """What `fused` does, in two products, with softcap and sinks; scores and weights are in the workspace."""
+        sinks, (kv_heads, group, length, _), width = scoring.sinks, asked.shape, keys.shape[1]
+        shape = (kv_heads, group * length, width + (sinks is not None))
         scores, weights = (self._workspace.take(name, shape, asked.dtype) for name in ("scores", "weights"))
-        seen = scores[..., : keys.shape[1]]
-        torch.bmm(asked, keys.transpose(1, 2), out=seen)
+        seen = scores[..., :width]
+        torch.bmm((asked * scoring.scale).flatten(1, 2), keys.transpose(1, 2), out=seen)
         if scoring.softcap is not None:
             seen.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-        hide(seen)
-        if scoring.sinks is not None:
-            column = scores[..., -1].unflatten(0, (-1, self._kv_heads)).unflatten(2, (-1, length))
-            column[:] = scoring.sinks.to(asked.dtype).view(self._kv_heads, -1, 1)
-        return torch.softmax(scores, -1, out=weights)[..., : keys.shape[1]]
-
-    def _gather(self, name: str, layer: int, which: int, tiles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The keys (`which` 0) or values (1) of tiles, `[len(tiles), block_size * head_dim]` in the workspace, until
-        the next gathering under that name."""
-        size = self._block_size * self._head_dim
-        tile_count, stride = self._pool.shape[0] * self._kv_heads, 2 * self._layers * size
-        of_layer = self._pool.as_strided((tile_count, size), (stride, 1), (2 * layer + which) * size)
-        gathered = self._workspace.take(name, (len(tiles), size), self._pool.dtype)
-        torch.index_select(of_layer, 0, tiles, out=gathered)
-        if dtype is self._pool.dtype:
-            return gathered
-        return self._workspace.take(name, gathered.shape, dtype).copy_(gathered)
+        seen.unflatten(1, (group, length)).add_(mask)
+        if sinks is not None:
+            scores[..., -1].unflatten(1, (group, length)).copy_(sinks.view(kv_heads, group, 1))
+        torch.softmax(scores, -1, out=weights)
+        return torch.bmm(weights[..., :width], values).view_as(asked)
 
 
 def fused(
@@ -198,19 +156,3 @@ def fused(
     shape = (*asked.shape[:2], *keys.shape[1:])
     keys, values = keys.unsqueeze(1).expand(shape), values.unsqueeze(1).expand(shape)
     return F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
-
-
-class Workspace:
-    """Buffers kept from step to step: fresh memory would be touched for the first time at each use."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """What was taken under this name and dtype before, in a new shape; grows by doubling."""
-        count = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or len(buffer) < count:
-            buffer = torch.empty(max(count, 0 if buffer is None else 2 * len(buffer)), dtype=dtype)
-            self._buffers[name, dtype] = buffer
-        return buffer[:count].view(shape)

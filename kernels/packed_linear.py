@@ -1,43 +1,59 @@
-"""Linear layers on the CPU with weights laid out for oneDNN once, at load.
+"""Linear layers on the CPU for the few rows of a decode step, where reading the weights is all the work.
 
-`F.linear` hands a plain weight to a general matrix product at each call; oneDNN reads a weight faster in its
-own blocked order. These are the two operators that torch's inductor uses for that ("freezing"), called directly.
-bench/engine.py measures what they give.
+bf16: weights laid out for oneDNN once, at load, by the two operators that torch's inductor uses for that ("freezing"),
+called directly. fp32: the weights stay as they are. For one to three rows `F.linear` reads them as fast as memory
+gives; from there to a dozen it falls to half of that, and a batched product over panels of 64 outputs, a mere view of
+the weight, does not. bench/engine.py measures what they give together.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
+PANELS = (64, 32, 16)  # outputs; the first that divides them
+FEW_ROWS = range(4, 13)
 
 
 class PackedLinear(nn.Module):
-    """`x[..., inputs]` -> `[..., outputs]`, as the nn.Linear whose weight `[outputs, inputs]` and bias it was given."""
+    """`x[..., inputs]` -> `[..., outputs]`, as the nn.Linear whose weight `[outputs, inputs]` and bias it was given. In
+    fp32 it shares their memory."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.weight, self.panels = weight.detach().contiguous(), None
         self.bias = None if bias is None else bias.detach()
+        if weight.dtype is not torch.float32:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        elif size := next((size for size in PANELS if self.out_features % size == 0), None):
+            self.panels = self.weight.view(-1, size, self.in_features).transpose(1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        rows = x.numel() // self.in_features
+        if rows not in FEW_ROWS or self.panels is None:
+            return F.linear(x, self.weight, self.bias)
+        out = torch.bmm(x.reshape(rows, -1).expand(len(self.panels), -1, -1), self.panels)
+        out = out.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch, on this machine, has the operators."""
+    """Whether there is a layer of ours for this device and dtype, in this torch and on this machine."""
+    if device.type != "cpu" or dtype is torch.float32:
+        return device.type == "cpu"
     return (
-        device.type == "cpu"
-        and dtype in PACKED_DTYPES
+        dtype is torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and (dtype is not torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replace every nn.Linear below `module`, and transformers' Conv1D (GPT-2's transposed linear), in place. The
-    plain weights are let go unless something else (a tied embedding) uses them."""
+    """Replace every nn.Linear below `module`, and transformers' Conv1D (GPT-2's transposed linear), in place. Plain
+    weights that were copied are let go unless something else (a tied embedding) uses them."""
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear:
             setattr(module, name, PackedLinear(child.weight, child.bias))

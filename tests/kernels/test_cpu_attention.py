@@ -1,4 +1,4 @@
-"""The CPU's attention and its packed linear layers against their plain twins."""
+"""The CPU's attention against its plain twin."""
 
 import pytest
 import torch
@@ -6,14 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import CASES, DECODE_CASES, LAYERS, Case, Paged
 from torch.profiler import ProfilerActivity, profile
-from transformers.pytorch_utils import Conv1D
 
 from kvferry.kernels import cpu_attention
 from kvferry.kernels.cpu_attention import CpuAttention, Workspace
-from kvferry.kernels.packed_linear import PackedLinear, can_pack, pack_linears
 from kvferry.kernels.reference import extend_attention
-
-CPU = torch.device("cpu")
 
 
 def on_cpu(paged: Paged, dtype: torch.dtype, workspace: Workspace) -> CpuAttention:
@@ -105,27 +101,3 @@ def test_a_steady_decode_step_takes_no_memory_that_grows_with_the_context(dtype,
     assert short > 0, "the profiler sees what is allocated"
     assert long <= short + 1024
     assert kv_bytes > 50 * long, "the comparison is sharp: copying the KV afresh would be seen"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 8, 33, 300])
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_linear(dtype, rows, bias):
-    assert can_pack(CPU, dtype), "these tests are meant to run where oneDNN is"
-    torch.manual_seed(rows)
-    plain = torch.nn.Linear(96, 130, bias=bias, dtype=dtype)
-    x = torch.randn(2, rows, 96, dtype=dtype)
-    packed = PackedLinear(plain.weight, plain.bias)
-    bound = 1e-4 if dtype is torch.float32 else 5e-2
-    torch.testing.assert_close(packed(x), plain(x), rtol=bound, atol=bound)
-
-
-def test_packing_a_model_replaces_both_kinds_of_linear():
-    torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"in": torch.nn.Linear(16, 32), "deep": torch.nn.ModuleList([Conv1D(24, 32)])})
-    x = torch.randn(3, 16)
-    before = model["deep"][0](model["in"](x))
-    with torch.inference_mode():
-        pack_linears(model)
-        assert {type(m).__name__ for m in (model["in"], model["deep"][0])} == {"PackedLinear"}
-        torch.testing.assert_close(model["deep"][0](model["in"](x)), before)
