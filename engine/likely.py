@@ -6,6 +6,7 @@ cannot be among the answer is left out first.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 LARGEST = torch.finfo(torch.float32).max
@@ -24,15 +25,25 @@ def blocks(rows: int, logits: torch.Tensor) -> Iterator[tuple[int, int]]:
 def likeliest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """int64 `[R, count]`: the first `count` tokens of each row in order. `count` is at most the vocabulary."""
     least = scores.topk(count, dim=1, sorted=True).values[:, -1:]
-    tokens, _ = in_order(*compact(scores, scores >= least))
+    tokens, _ = in_order(*compact(scores, least))
     return tokens[:, :count]
 
 
-def compact(scores: torch.Tensor, live: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The live tokens of each row, by id, and their scores: `[R, C]` with C as many as the fullest row has, at least
-    one. After a row's last one come entries of token 0 and score -inf."""
-    rows, tokens = live.nonzero(as_tuple=True)
-    counts = live.sum(1)
+def at_least(values: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and tokens, both int64, of the `values` float32 `[R, vocab]` that are not below their row's `least`
+    `[R, 1]`, ordered by row and then token."""
+    if values.device.type != "cpu":
+        return (values >= least).nonzero(as_tuple=True)
+    found = np.flatnonzero(values.numpy() >= least.numpy())  # a tenth of the time that torch takes
+    rows, tokens = np.divmod(found, values.shape[1])
+    return torch.from_numpy(rows), torch.from_numpy(tokens)
+
+
+def compact(scores: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of each row whose score is not below its `least` `[R, 1]`, by id, and their scores: `[R, C]`, C being
+    what the fullest row has, at least one. After a row's last one come entries of token 0 and score -inf."""
+    rows, tokens = at_least(scores, least)
+    counts = rows.bincount(minlength=len(scores))
     width = max(1, int(counts.amax()))
     at = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     kept_tokens = torch.zeros(len(scores), width, dtype=torch.int64, device=scores.device)
@@ -67,19 +78,18 @@ def keep_likely(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) 
     """
     vocab = scores.shape[1]
     by_count, by_share = top_k < vocab, top_p < 1.0
-    live, total = scores > float("-inf"), None
+    least, total = torch.full_like(top_p, -LARGEST), None
     if by_count.any():
         ordered = scores.topk(int(top_k.masked_fill(~by_count, 1).amax()), dim=1, sorted=True).values
-        least = ordered.gather(1, top_k.clamp(max=ordered.shape[1]) - 1)
-        live &= (scores >= least) | ~by_count
+        last = ordered.gather(1, top_k.clamp(max=ordered.shape[1]) - 1).double()
+        least = torch.where(by_count, last.clamp_(min=-LARGEST), least)
     if (by_share & ~by_count).any():
-        weights = integer_weights(scores)
-        total = weights.sum(1, keepdim=True)
+        total = integer_weights(scores).sum(1, keepdim=True)
         # If a token's weight times the vocabulary is less than the share that is dropped, so is all that comes after
-        # the leading set that ends before it. The margin is for the rounding of this product.
-        cut = total * (1.0 - top_p) * ((1 - 1e-9) / vocab)
-        live &= (weights >= cut.to(torch.int64)) | by_count
-    tokens, kept = in_order(*compact(scores, live))
+        # the leading set that ends before it. Less 1 for the rounding of weights; the margin is for the rest.
+        cut = (total * (1.0 - top_p) / vocab - 1).clamp_(min=0.0)
+        least = torch.where(by_count, least, (torch.log(cut / WEIGHT_OF_BEST) - 1e-5).clamp_(min=-LARGEST))
+    tokens, kept = in_order(*compact(scores, least.float()))
     rank = torch.arange(kept.shape[1], device=kept.device)
     kept = kept.masked_fill(rank >= top_k, float("-inf"))
     if by_share.any():

@@ -121,7 +121,7 @@ def _group(
         ),
         floor=_column(floor, device) if min_p.any() else None,
         top_k=_column(np.array([p.top_k if 0 < p.top_k < vocab else vocab for p in params]), device),
-        top_p=_column(np.array([min(p.top_p, 1.0) for p in params]), device),
+        top_p=_column(np.array([min(p.top_p, 1.0) for p in params], dtype=np.float64), device),
         seeds=(
             _column((seeds & np.uint64(MASK32)).astype(np.int64), device),
             _column((seeds >> np.uint64(32)).astype(np.int64), device),

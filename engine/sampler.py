@@ -20,13 +20,14 @@ import torch
 from kvferry.common.sampling import TokenLogprobs
 from kvferry.engine.batch import Draw
 from kvferry.engine.edits import edits_of
-from kvferry.engine.likely import LARGEST, blocks, compact, keep_likely
+from kvferry.engine.likely import LARGEST, at_least, blocks, compact, keep_likely
 from kvferry.engine.logprobs import tell
-from kvferry.engine.philox import BUFFERS, Keys
+from kvferry.engine.philox import Keys
 from kvferry.engine.race import HOPELESS, draw_among, draw_from_all
 from kvferry.engine.ready import Group, Ready, Way, make_ready
 
-FEW = 8  # where not one in so many tokens can win, noise for those alone is cheaper
+# Where not one in FEW tokens can win, noise for those alone is cheaper. Whether that is so, one in SPARSE tells.
+FEW, SPARSE = 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Sampler:
             keys = None if group.way is Way.GREEDY else group.keys()
             for start, stop in blocks(len(group.draws), logits):
                 rows = group.rows[start:stop]
-                block = logits[rows].float()
+                block = logits.index_select(0, rows).float()
                 if edits is not None and group.edited is not None:
                     edits.apply(block, group.edited + start)
                 if keys is None:
@@ -83,13 +84,14 @@ class Sampler:
             scores.masked_fill_(scores < group.floor[start:stop], float("-inf"))
         if group.way is not Way.FROM_ALL:
             return draw_among(*keep_likely(scores, group.top_k[start:stop], group.top_p[start:stop]), keys)
-        live = scores >= HOPELESS
-        if int(live.sum(dim=1).amax()) * FEW < scores.shape[1]:
-            return draw_among(*compact(scores, live), keys)
+        sample = scores[:, ::SPARSE]
+        hopeless = torch.full_like(scores[:, :1], HOPELESS)
+        if len(at_least(sample, hopeless)[0]) * FEW < sample.numel():
+            return draw_among(*compact(scores, hopeless), keys)
         return draw_from_all(scores, keys, self._buffers_for(scores))
 
     def _buffers_for(self, scores: torch.Tensor) -> torch.Tensor:
-        needed = BUFFERS * len(scores) * -(-scores.shape[1] // 4)
+        needed = 8 * len(scores) * -(-scores.shape[1] // 4)
         if len(self._buffers) < needed or self._buffers.device != scores.device:
             self._buffers = torch.empty(needed, dtype=torch.int64, device=scores.device)
         return self._buffers

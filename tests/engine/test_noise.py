@@ -1,13 +1,15 @@
 """The generator against its published vectors, the noise against its formula, and a draw against its definition."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_reference import ONES, noise_of, philox_in_integers
 
+from kvferry.engine import philox as module
 from kvferry.engine.likely import compact
-from kvferry.engine.philox import BUFFERS, MASK32, Keys, bits_of, gumbel, philox, words
+from kvferry.engine.philox import MASK32, Keys, bits_of, bits_of_all, gumbel, philox
 from kvferry.engine.race import HOPELESS, draw_among, draw_from_all
 
 # Random123 1.14, tests/kat_vectors, philox4x32 with 10 rounds.
@@ -24,7 +26,13 @@ WORD = st.integers(0, ONES)
 
 
 def run_philox(counter, key):
-    return [int(word) for word in philox([torch.tensor([word], dtype=torch.int64) for word in counter], key)]
+    """By tensors and by arrays, with and without buffers."""
+    answers = []
+    for make in (torch.tensor, np.array):
+        for buffers in (None, [[make([-1]) for _ in range(4)] for _ in range(2)]):
+            answers.append([word.item() for word in philox([make([word]) for word in counter], key, buffers)])
+    assert answers.count(answers[0]) == 4
+    return answers[0]
 
 
 def keys_of(*rows: tuple[int, int, int]) -> Keys:
@@ -52,18 +60,19 @@ ROWS = st.lists(st.tuples(st.integers(0, 2**64 - 1), WORD, st.integers(0, 2**40)
 
 
 @settings(deadline=None)
-@given(rows=ROWS, lanes=st.integers(1, 9))
-def test_the_words_of_many_rows_are_those_of_each(rows, lanes):
+@given(rows=ROWS, lanes=st.integers(1, 9), piece=st.integers(1, 30))
+def test_the_bits_of_many_rows_are_those_of_each(rows, lanes, piece):
     expected = [
-        [philox_in_integers([i, p & ONES, p >> 32, c], (s & ONES, s >> 32)) for i in range(lanes)] for s, c, p in rows
+        [word for i in range(lanes) for word in philox_in_integers([i, p & ONES, p >> 32, c], (s & ONES, s >> 32))]
+        for s, c, p in rows
     ]
-    numbers, keys = torch.arange(lanes)[None], keys_of(*rows)
-    plain = torch.stack(words(numbers, keys), dim=2)
-    assert plain.tolist() == expected
-    buffers = torch.full((BUFFERS, len(rows), lanes), -1)
-    assert torch.equal(torch.stack(words(numbers, keys, buffers), dim=2), plain)
-    assert torch.equal(buffers[4:].permute(1, 2, 0), plain)
-    assert torch.equal(torch.stack(words(numbers.expand(len(rows), -1), keys), dim=2), plain)
+    keys = keys_of(*rows)
+    assert bits_of(torch.arange(4 * lanes).expand(len(rows), -1), keys).tolist() == expected
+    buffers = torch.full((8 * len(rows) * lanes + 5,), -1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", piece)
+        whole = bits_of_all(lanes, keys, buffers)
+    assert whole.permute(1, 2, 0).reshape(len(rows), -1).tolist() == expected
 
 
 @settings(deadline=None)
@@ -99,8 +108,8 @@ def winners(scores: torch.Tensor, keys: Keys) -> list[int]:
 
 def race(scores: torch.Tensor, keys: Keys) -> list[list[int]]:
     """Both ways to run it."""
-    buffers = torch.empty(BUFFERS * len(scores) * -(-scores.shape[1] // 4), dtype=torch.int64)
-    among = draw_among(*compact(scores, scores >= HOPELESS), keys)
+    buffers = torch.empty(8 * len(scores) * -(-scores.shape[1] // 4), dtype=torch.int64)
+    among = draw_among(*compact(scores, torch.full_like(scores[:, :1], HOPELESS)), keys)
     return [draw_from_all(scores, keys, buffers).tolist(), among.tolist()]
 
 
