@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, Internal, InvalidRequest, KvferryError, Unavailable
@@ -19,6 +18,7 @@ from kvferry.engine.page_pool import PagePool
 from kvferry.engine.runner import Runner
 from kvferry.engine.scheduler import Scheduler
 from kvferry.engine.sequence import Sequence, Sink, Status
+from kvferry.engine.step_thread import StepThread
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._stopping = False
         self._changed: list[Callable[[], None]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._thread = StepThread()
         self._admitting = False
         self.pool.on_room = self._admit_soon
 
@@ -166,7 +166,7 @@ class Engine:
                 continue
             started = time.perf_counter()
             try:
-                outcome = await loop.run_in_executor(self._thread, self._runner.execute, plan)
+                outcome = await self._thread.run(self._runner.execute, plan)
             except Exception:
                 log.exception("a step of %d rows failed", len(plan.seq_ids))
                 self._fail()
@@ -204,4 +204,4 @@ class Engine:
         self._wake.set()
         for calls in self._calls.values():
             calls.put_nowait(Unavailable("this node is shutting down"))
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.stop()

@@ -44,6 +44,10 @@ class Tenants:
     def busy(self) -> list[Tenant]:
         return [tenant for tenant in self._tenants.values() if tenant.waiting or tenant.active]
 
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(tenant.waiting) for tenant in self._tenants.values())
+
     def enqueue(self, seq: Sequence) -> None:
         """Put a sequence in its tenant's line."""
         tenant = self._tenants.get(seq.tenant)

@@ -37,21 +37,26 @@ def victim_for_growth(seq: Sequence, tenants: Tenants) -> Sequence:
 
 
 def victims_for_admission(
-    seq: Sequence, tenants: Tenants, places: int, blocks: int, freed: Callable[[Sequence], int]
+    seq: Sequence,
+    tenants: Tenants,
+    places: int,
+    blocks: int,
+    freed: Callable[[Sequence], int],
+    in_flight: Callable[[Sequence], bool],
 ) -> list[Sequence] | None:
     """Who makes room for a waiting sequence that lacks so many places and blocks; None if it has to wait.
 
-    `freed(victim)` is how many blocks become free for it with that one. Sequences in a running step stay.
+    `freed(victim)` is how many blocks become free for it with that one. Those in flight stay.
     """
     own = tenants[seq.tenant]
     left = {tenant: list(tenant.active.values()) for tenant in tenants.busy if tenant is not own}
     victims: list[Sequence] = []
     while places > 0 or blocks > 0:
         held, more = (places_of, seq.params.n) if places > 0 else (blocks_of, seq.blocks_needed)
-        loser = _largest(left, held)
+        loser = _largest(left, held, in_flight)
         if loser is None:
             return None
-        victim = last_in_line(other for other in left[loser] if not other.in_flight)
+        victim = last_in_line(other for other in left[loser] if not in_flight(other))
         left[loser].remove(victim)
         if held(left[loser]) / loser.weight < (held(own.active.values()) + more) / own.weight:
             return None
@@ -61,7 +66,7 @@ def victims_for_admission(
     return victims
 
 
-def _largest(left: dict[Tenant, list[Sequence]], held: Measure) -> Tenant | None:
+def _largest(left: dict[Tenant, list[Sequence]], held: Measure, in_flight: Callable[[Sequence], bool]) -> Tenant | None:
     """Who holds the most for its weight and has a sequence that could go."""
-    able = [tenant for tenant, seqs in left.items() if not all(seq.in_flight for seq in seqs)]
+    able = [tenant for tenant, seqs in left.items() if not all(map(in_flight, seqs))]
     return max(able, key=lambda tenant: held(left[tenant]) / tenant.weight, default=None)

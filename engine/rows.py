@@ -1,5 +1,7 @@
 """Sequences that each compute one token, as arrays: what a step of decoding needs, carried from step to step."""
 
+from collections import Counter
+
 import numpy as np
 
 from kvferry.engine.sequence import Sequence
@@ -12,6 +14,7 @@ class Rows:
     def __init__(self, seqs: list[Sequence]):
         self.seqs = seqs
         self.ids = [seq.id for seq in seqs]
+        self.tenants = Counter(seq.tenant for seq in seqs)
         self.draws = [seq.draws[0] for seq in seqs]
         self.table_rows = np.array([seq.table_row for seq in seqs], dtype=np.int64)
         self.positions = np.array([seq.num_computed for seq in seqs], dtype=np.int64)

@@ -75,7 +75,7 @@ class Scheduler:
         if n > self.max_num_seqs or seq.blocks_needed + n - 1 > self._pool.num_blocks:
             raise InvalidRequest(f"n is {n}; this node runs {self.max_num_seqs} at once, and each needs a block of KV "
                                  "beside the prompt's", "n")  # fmt: skip
-        if len(self.of(Status.WAITING)) >= self._max_waiting:
+        if self._tenants.num_waiting >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} requests are waiting on this node already; try again later")
         self._sequences[seq.id] = seq
         self._tenants.enqueue(seq)
@@ -113,7 +113,7 @@ class Scheduler:
             its_own = sum(self._pool.holders(block) == 1 and block not in kept for block in victim.block_table)
             return its_own + victim.params.n
 
-        return victims_for_admission(seq, self._tenants, places, blocks, freed)
+        return victims_for_admission(seq, self._tenants, places, blocks, freed, self.in_flight)
 
     def _activate(self, seq: Sequence, tenant: Tenant, reused: list[int]) -> None:
         self._tables.open(seq, reused)
@@ -139,6 +139,10 @@ class Scheduler:
         else:
             self._extending[seq.id] = seq
 
+    def in_flight(self, seq: Sequence) -> bool:
+        """Whether a step is computing for it right now."""
+        return self._step is not None and seq.id in self._step.ids
+
     def members(self, group: int) -> list[Sequence]:
         """The sequences that a request has become and that have not been withdrawn."""
         return [seq for seq in self._sequences.values() if seq.group == group]
@@ -159,8 +163,6 @@ class Scheduler:
             self._tables.copies_are_made()
             return None
         self._step = Step(rows, chunks)
-        for seq in self._step.seqs:
-            seq.in_flight = True
         return make_plan(self._step, self._tables)
 
     def _choose(self) -> tuple[Rows, list[tuple[Sequence, int]]]:
@@ -323,8 +325,6 @@ class Scheduler:
         step, self._step = self._step, None
         if step is None:
             raise AssertionError("no step is in flight")
-        for seq in step.seqs:
-            seq.in_flight = False
         self._tables.copies_are_made()
         return step
 
@@ -350,7 +350,7 @@ class Scheduler:
         if seq.id not in self._sequences:
             return
         seq.withdrawn = True
-        if seq.in_flight:
+        if self.in_flight(seq):
             return
         if seq.status is Status.WAITING:
             self._tenants[seq.tenant].waiting.remove(seq)

@@ -60,7 +60,6 @@ class Sequence:
     num_reused: int = 0  # tokens found in the page pool when last admitted
     status: Status = Status.WAITING
     admissions: int = 0
-    in_flight: bool = False
     withdrawn: bool = False
     first_tokens: tuple[tuple[int, int], ...] = ()
     scored: int = 0  # prompt tokens whose log probability has been told, besides the first, which has none

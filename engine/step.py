@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from kvferry.engine.rows import Rows
 from kvferry.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """`rows` decode, one token and one draw each; `chunks` compute up to the token named beside them. In the plan the
     former come first."""
@@ -23,9 +24,13 @@ class Step:
     def seqs(self) -> list[Sequence]:
         return [*self.rows.seqs, *(seq for seq, _ in self.chunks)]
 
+    @cached_property
+    def ids(self) -> set[int]:
+        return {*self.rows.ids, *(seq.id for seq, _ in self.chunks)}
+
     def tokens_by_tenant(self) -> Counter[str]:
         """How many tokens the step computes for whom. To be asked before they count as computed."""
-        tokens = Counter([seq.tenant for seq in self.rows.seqs])
+        tokens = self.rows.tenants.copy()
         for seq, end in self.chunks:
             tokens[seq.tenant] += end - seq.num_computed
         return tokens

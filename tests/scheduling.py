@@ -98,6 +98,9 @@ class World:
     def active(self) -> list[Sequence]:
         return self.scheduler.of(Status.RESTORING, Status.RUNNING)
 
+    def movable(self) -> list[Sequence]:
+        return [seq for seq in self.active() if not self.scheduler.in_flight(seq)]
+
     def restore(self, seq: Sequence, indices: list[int]) -> None:
         """These blocks arrive."""
         for index in indices:

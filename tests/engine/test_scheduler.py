@@ -82,11 +82,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for seq in self.world.scheduler.abandon_step():
             self.world.abort(self.world.live[seq.id])
 
-    @precondition(lambda self: any(not seq.in_flight for seq in self.world.active()))
+    @precondition(lambda self: self.world.movable())
     @rule(data=st.data())
     def preempt(self, data):
-        able = [seq for seq in self.world.active() if not seq.in_flight]
-        self.world.scheduler.preempt(data.draw(st.sampled_from(able)))
+        self.world.scheduler.preempt(data.draw(st.sampled_from(self.world.movable())))
 
     @rule()
     def collect(self):
