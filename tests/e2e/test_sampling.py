@@ -29,3 +29,32 @@ def test_a_seed_gives_the_same_tokens(arch, shared, prompts):
     greedy = cluster.ask(prompt, max_tokens=48)
     assert greedy.token_ids != cold.token_ids
     assert (another.cached, greedy.cached) == (0, 144)
+
+
+def test_what_looks_back_looks_back_across_the_handover(llama, prompts):
+    """Penalties and bad words count tokens that another process has chosen, and a prompt whose KV was pulled."""
+    prompt = prompts.tokens(150)
+    plain = llama.ask(prompt, temperature=1, seed=7, max_tokens=48)
+    often = max(set(plain.token_ids), key=plain.token_ids.count)
+    fields = {
+        "temperature": 1, "seed": 7, "max_tokens": 48, "frequency_penalty": 1.5, "presence_penalty": 0.5,
+        "repetition_penalty": 1.3, "min_p": 0.01, "logit_bias": {str(often): -5}, "stop_token_ids": [plain.token_ids[-1]],
+    }  # fmt: skip
+    cold = llama.ask(prompt, cache_salt="one", **fields)
+    assert cold.cached == 0
+    assert cold.account["computed"]["prefill"] == 150, "nothing was handed over"
+    assert cold.token_ids != plain.token_ids[: len(cold.token_ids)]
+    local = llama.ask(prompt, cache_salt="one", **fields)
+    assert local.account["computed"]["prefill"] == 0
+    llama.flush(prompts)
+    pulled = llama.ask(prompt, cache_salt="one", stream=True, **fields)
+    assert pulled.account["reused"]["host"] == 144
+    assert cold.token_ids == local.token_ids == pulled.token_ids
+
+
+def test_a_token_that_is_wanted_enough_is_all_there_is(llama, prompts):
+    prompt = prompts.tokens(40)
+    reply = llama.ask(prompt, logit_bias={"65": 100, "66": 50}, max_tokens=10)
+    assert reply.token_ids == [65] * 10
+    reply = llama.ask(prompt, logit_bias={"65": 100, "66": 50}, bad_words=["A"], max_tokens=10)
+    assert reply.token_ids == [66] * 10

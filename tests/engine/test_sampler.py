@@ -12,8 +12,9 @@ from sampling_reference import choose, kept
 from torch.overrides import TorchFunctionMode
 
 from kvferry.common.sampling import SamplingParams
+from kvferry.engine import likely
 from kvferry.engine.batch import Draw
-from kvferry.engine.likely import CACHED_LOGITS, in_order, keep_likely, likeliest
+from kvferry.engine.likely import in_order, keep_likely, likeliest
 from kvferry.engine.sampler import Sampler
 
 VOCAB = 41
@@ -138,22 +139,25 @@ def test_what_a_sampler_has_seen_does_not_matter(draws, seed, leaves):
             del draws[leave]
 
 
-def test_a_batch_of_many_blocks_is_each_row_alone():
-    vocab, rows = 4099, 150
-    assert rows * vocab > 2 * CACHED_LOGITS
+def test_a_batch_of_many_blocks_is_each_row_alone(monkeypatch):
+    vocab, rows = 1999, 150
+    monkeypatch.setattr(likely, "CACHED_LOGITS", 3 * vocab)
     mixture = [
         {"temperature": 0.0}, {}, {"top_k": 40}, {"top_p": 0.9}, {"temperature": 0.1}, {"min_p": 0.02, "top_p": 0.5},
         {"temperature": 0.0, "repetition_penalty": 1.3}, {"top_k": 3, "top_p": 0.8, "frequency_penalty": 0.7},
-        {"presence_penalty": 1.5, "logit_bias": ((5, 3.0), (4098, 2.0))},
+        {"presence_penalty": 1.5, "logit_bias": ((5, 3.0), (1998, 2.0))}, {"min_p": 0.3}, {"top_k": 2, "top_p": 0.3},
+        {"temperature": 1.8, "top_p": 0.99}, {"temperature": 1.9}, {"temperature": 0.0, "logit_bias": ((7, 9.0),)},
     ]  # fmt: skip
     logits = logits_for(3, rows, vocab)
     draws = [
-        Draw(SamplingParams(seed=row, **mixture[row % len(mixture)]), (), [row, *range(0, 4000, 40)], 30)
+        Draw(SamplingParams(seed=row, logprobs=1, **mixture[row % len(mixture)]), (), [row, *range(0, 1900, 20)], 30)
         for row in range(rows)
     ]
-    together = sample(logits, draws)
-    assert [sample(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)] == together
-    assert len(set(together)) > 40
+    together = Sampler().sample(logits, draws)
+    alone = [Sampler().sample(logits[row : row + 1], [draw]) for row, draw in enumerate(draws)]
+    assert [one.tokens[0] for one in alone] == together.tokens
+    assert [one.logprobs[0] for one in alone] == together.logprobs
+    assert len(set(together.tokens)) > 60
 
 
 def test_sampling_leaves_the_logits_alone():
