@@ -36,7 +36,7 @@ from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.engine import Engine
-from kvferry.engine.model import LoadedModel, load_model
+from kvferry.engine.loading.model import LoadedModel, load_model
 from kvferry.engine.sequence import Sequence, TokenEvent
 
 VOCAB = 32000

@@ -83,7 +83,7 @@ class TenantKeys:
 class CacheScope:
     """Everything that makes KV interchangeable, apart from the tokens themselves.
 
-    `fingerprint` identifies the weights and our arithmetic (engine.model computes it), `cache_salt` narrows the
+    `fingerprint` identifies the weights and our arithmetic (engine.loading computes it), `cache_salt` narrows the
     scope within its tenant; the empty text means none.
     """
 

@@ -8,8 +8,8 @@ class SamplingParams:
     """`temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0, penalties 0 and `repetition_penalty` 1 are off.
 
     `seed` and `choice` choose the noise, together with the absolute position, so the same request draws the same tokens
-    wherever it runs. `n` answers are given, as the choices `choice .. choice + n - 1`. `logit_bias` pairs token ids with
-    what is added to their logits; `bad_words` are token sequences that are never completed. `logprobs` and
+    wherever it runs. `n` answers are given, as the choices `choice .. choice + n - 1`. `logit_bias` pairs token ids
+    with what is added to their logits; `bad_words` are token sequences that are never completed. `logprobs` and
     `prompt_logprobs` say how many of the likeliest tokens are told beside each one; None is not to tell any.
     """
 

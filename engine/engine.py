@@ -13,10 +13,10 @@ from kvferry.common.hashing import CacheScope
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.kv_memory import KvMemory
-from kvferry.engine.model import LoadedModel
+from kvferry.engine.loading.model import LoadedModel
 from kvferry.engine.page_pool import PagePool
 from kvferry.engine.runner import Runner
-from kvferry.engine.scheduler import Scheduler
+from kvferry.engine.scheduling.scheduler import Scheduler
 from kvferry.engine.sequence import Sequence, Sink, Status
 from kvferry.engine.step_thread import StepThread
 

@@ -6,8 +6,8 @@ import torch
 from kvferry.common.errors import Internal
 from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.inputs import lay_out
-from kvferry.engine.model import LoadedModel
-from kvferry.engine.sampler import Sampler
+from kvferry.engine.loading.model import LoadedModel
+from kvferry.engine.sampling.sampler import Sampler
 from kvferry.kernels.cpu_attention import Workspace
 from kvferry.kernels.reference import copy_blocks
 

@@ -18,7 +18,7 @@ from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.store_api import BlockStore
 from kvferry.common.wire import SERVER_OPTIONS, answers_errors, layout_to_wire, sampling_from_wire, scope_from_wire
 from kvferry.engine.engine import Engine
-from kvferry.engine.model import LoadedModel, load_model
+from kvferry.engine.loading.model import LoadedModel, load_model
 from kvferry.engine.sequence import Sequence, Status
 from kvferry.engine.transfer import Transfer
 

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens of one choice to send. `finish_reason` is set in its last piece; `logprobs`, where they were asked for, has
-    one entry a token."""
+    """Tokens of one choice to send. `finish_reason` is set in its last piece; `logprobs`, where they were asked for,
+    has one entry a token."""
 
     token_ids: tuple[int, ...]
     finish_reason: str | None = None

@@ -5,7 +5,7 @@ import torch
 
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Draw, StepPlan
-from kvferry.engine.model import LoadedModel
+from kvferry.engine.loading.model import LoadedModel
 from kvferry.engine.runner import Runner
 
 TOLERANCE = 1e-4  # of the logits' standard deviation

@@ -136,7 +136,7 @@ def loads(root: Path) -> dict[str, set[str]]:
 def tensors_under_the_scheduler(root: Path) -> list[str]:
     """Who runs next is pure bookkeeping: nothing that the scheduler stands on knows torch."""
     files, edges = rooms(root), loads(root)
-    reached, ways = set(), ["engine.scheduler"] if "engine.scheduler" in files else []
+    reached, ways = set(), ["engine.scheduling.scheduler"] if "engine.scheduling.scheduler" in files else []
     while ways:
         if (module := ways.pop()) not in reached:
             reached.add(module)
@@ -306,7 +306,7 @@ def test_the_files_are_found():
 
 PLANTED = [
     (imports_that_point_up, {"engine/a": "from kvferry.kvstore import client"}),
-    (imports_that_point_up, {"kvstore/a": "import kvferry.engine.model"}),
+    (imports_that_point_up, {"kvstore/a": "import kvferry.engine.loading.model"}),
     (imports_that_point_up, {"prefill/a": "def f():\n    from kvferry.decode.service import serve"}),
     (imports_that_point_up, {"decode/a": "from kvferry.prefill import service"}),
     (imports_that_point_up, {"decode/a": "from kvferry import router"}),
@@ -322,7 +322,7 @@ PLANTED = [
     (
         tensors_under_the_scheduler,
         {
-            "engine/scheduler": "from kvferry.engine.a import f",
+            "engine/scheduling/scheduler": "from kvferry.engine.a import f",
             "engine/a": "from .b import f",
             "engine/b": "import torch",
         },

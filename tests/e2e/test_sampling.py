@@ -38,7 +38,8 @@ def test_what_looks_back_looks_back_across_the_handover(llama, prompts):
     often = max(set(plain.token_ids), key=plain.token_ids.count)
     fields = {
         "temperature": 1, "seed": 7, "max_tokens": 48, "frequency_penalty": 1.5, "presence_penalty": 0.5,
-        "repetition_penalty": 1.3, "min_p": 0.01, "logit_bias": {str(often): -5}, "stop_token_ids": [plain.token_ids[-1]],
+        "repetition_penalty": 1.3, "min_p": 0.01, "logit_bias": {str(often): -5},
+        "stop_token_ids": [plain.token_ids[-1]],
     }  # fmt: skip
     cold = llama.ask(prompt, cache_salt="one", **fields)
     assert cold.cached == 0

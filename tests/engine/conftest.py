@@ -9,7 +9,7 @@ import torch
 from checkpoints import tiny_checkpoint
 
 from kvferry.common.config import EngineConfig
-from kvferry.engine.model import LoadedModel, load_model
+from kvferry.engine.loading.model import LoadedModel, load_model
 
 
 class Made(dict):

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, IncompatibleNode
-from kvferry.engine import self_check as checking
-from kvferry.engine.architectures import REFUSED, TESTED, check_config, check_max_model_len
-from kvferry.engine.model import kv_layout, load_model
-from kvferry.engine.self_check import check_rule, self_check
+from kvferry.engine.loading import self_check as checking
+from kvferry.engine.loading.architectures import REFUSED, TESTED, check_config, check_max_model_len
+from kvferry.engine.loading.model import kv_layout, load_model
+from kvferry.engine.loading.self_check import check_rule, self_check
 
 SMALL = {**SHAPE, "vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 LATENT = {  # DeepSeek's attention: keys of 24, values of 16

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, IncompatibleNode
-from kvferry.engine.checkpoint import read_config, weight_files
-from kvferry.engine.fingerprint import fingerprint_of
-from kvferry.engine.model import load_model
+from kvferry.engine.loading.checkpoint import read_config, weight_files
+from kvferry.engine.loading.fingerprint import fingerprint_of
+from kvferry.engine.loading.model import load_model
 from kvferry.kernels.packed_linear import PackedLinear, can_pack
 
 INDEX = "model.safetensors.index.json"

@@ -8,9 +8,9 @@ from kvferry.common.block import BlockLayout
 from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Outcome
-from kvferry.engine.fairness import Tenant, Tenants
 from kvferry.engine.page_pool import PagePool
-from kvferry.engine.scheduler import Scheduler
+from kvferry.engine.scheduling.fairness import Tenant, Tenants
+from kvferry.engine.scheduling.scheduler import Scheduler
 from kvferry.engine.sequence import Sequence, Status
 
 BLOCK = 16

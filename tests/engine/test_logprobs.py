@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.sampling import SamplingParams, TokenLogprobs
 from kvferry.engine.batch import Draw
-from kvferry.engine.sampler import Sampler
+from kvferry.engine.sampling.sampler import Sampler
 
 VOCAB = 41
 

@@ -11,10 +11,10 @@ from architectures import CONFIGS
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
-from kvferry.engine import fingerprint as fingerprinting
-from kvferry.engine.checkpoint import read_config
-from kvferry.engine.fingerprint import fingerprint_of
-from kvferry.engine.model import load_model
+from kvferry.engine.loading import fingerprint as fingerprinting
+from kvferry.engine.loading.checkpoint import read_config
+from kvferry.engine.loading.fingerprint import fingerprint_of
+from kvferry.engine.loading.model import load_model
 
 
 @pytest.fixture(autouse=True)

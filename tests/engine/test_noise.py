@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_reference import ONES, noise_of, philox_in_integers
 
-from kvferry.engine import philox as module
-from kvferry.engine.likely import compact
-from kvferry.engine.philox import MASK32, Keys, bits_of, bits_of_all, gumbel, philox
-from kvferry.engine.race import HOPELESS, draw_among, draw_from_all
+from kvferry.engine.sampling import philox as module
+from kvferry.engine.sampling.likely import compact
+from kvferry.engine.sampling.philox import MASK32, Keys, bits_of, bits_of_all, gumbel, philox
+from kvferry.engine.sampling.race import HOPELESS, draw_among, draw_from_all
 
 # Random123 1.14, tests/kat_vectors, philox4x32 with 10 rounds.
 KNOWN_ANSWERS = [

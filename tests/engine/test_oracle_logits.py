@@ -13,7 +13,7 @@ from paged_sequences import TOLERANCE, Paged, greedy, plan_of
 from transformers import AutoModelForCausalLM
 
 from kvferry.common.config import EngineConfig
-from kvferry.engine.model import load_model
+from kvferry.engine.loading.model import load_model
 from kvferry.engine.runner import Runner
 
 WINDOWED = [arch for arch, told in SPECIALS.items() if "sliding_window" in told]

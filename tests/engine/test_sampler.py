@@ -12,10 +12,10 @@ from sampling_reference import choose, kept
 from torch.overrides import TorchFunctionMode
 
 from kvferry.common.sampling import SamplingParams
-from kvferry.engine import likely
 from kvferry.engine.batch import Draw
-from kvferry.engine.likely import in_order, keep_likely, likeliest
-from kvferry.engine.sampler import Sampler
+from kvferry.engine.sampling import likely
+from kvferry.engine.sampling.likely import in_order, keep_likely, likeliest
+from kvferry.engine.sampling.sampler import Sampler
 
 VOCAB = 41
 TOKEN = st.integers(0, VOCAB - 1)

@@ -8,7 +8,7 @@ from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Outcome
 from kvferry.engine.page_pool import PagePool
-from kvferry.engine.scheduler import Scheduler
+from kvferry.engine.scheduling.scheduler import Scheduler
 from kvferry.engine.sequence import Sequence, Status
 
 LONGEST = 40

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from kvferry.engine.batch import Draw
-from kvferry.engine.edits import Fixed, edits_logits, fixed_of
-from kvferry.engine.philox import MASK32, Keys
+from kvferry.engine.sampling.edits import Fixed, edits_logits, fixed_of
+from kvferry.engine.sampling.philox import MASK32, Keys
 
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 

@@ -7,8 +7,8 @@ from functools import cached_property
 import numpy as np
 
 from kvferry.engine.batch import Draw, Score, StepPlan
-from kvferry.engine.block_tables import BlockTables
-from kvferry.engine.rows import Rows
+from kvferry.engine.scheduling.block_tables import BlockTables
+from kvferry.engine.scheduling.rows import Rows
 from kvferry.engine.sequence import Sequence
 
 

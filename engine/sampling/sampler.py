@@ -19,12 +19,12 @@ import torch
 
 from kvferry.common.sampling import TokenLogprobs
 from kvferry.engine.batch import Draw
-from kvferry.engine.edits import edits_of
-from kvferry.engine.likely import LARGEST, at_least, blocks, compact, keep_likely
-from kvferry.engine.logprobs import tell
-from kvferry.engine.philox import Keys
-from kvferry.engine.race import HOPELESS, draw_among, draw_from_all
-from kvferry.engine.ready import Group, Ready, Way, make_ready
+from kvferry.engine.sampling.edits import edits_of
+from kvferry.engine.sampling.likely import LARGEST, at_least, blocks, compact, keep_likely
+from kvferry.engine.sampling.logprobs import tell
+from kvferry.engine.sampling.philox import Keys
+from kvferry.engine.sampling.race import HOPELESS, draw_among, draw_from_all
+from kvferry.engine.sampling.ready import Group, Ready, Way, make_ready
 
 # Where not one in FEW tokens can win, noise for those alone is cheaper. Whether that is so, one in SPARSE tells.
 FEW, SPARSE = 8, 16

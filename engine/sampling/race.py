@@ -7,8 +7,8 @@ e >= 1 - u. So nobody wins whose p / (1 - u) is below the p / e of any other tok
 
 import torch
 
-from kvferry.engine.likely import at_least
-from kvferry.engine.philox import MASK32, Keys, bits_of, bits_of_all, gumbel
+from kvferry.engine.sampling.likely import at_least
+from kvferry.engine.sampling.philox import MASK32, Keys, bits_of, bits_of_all, gumbel
 
 # The noise lies between -log(33 log 2) > -3.2 and 33 log 2 < 22.9: what is this far below the best score cannot win.
 HOPELESS = -26.1

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from kvferry.common.sampling import TokenLogprobs
-from kvferry.engine.likely import LARGEST, blocks, likeliest
+from kvferry.engine.sampling.likely import LARGEST, blocks, likeliest
 
 
 def tell(logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:

@@ -18,12 +18,18 @@ from kvferry.common.block import DTYPE_BYTES, BlockLayout
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, IncompatibleNode
 from kvferry.common.process import usable_cores
-from kvferry.engine.architectures import OWN_ATTENTION, architecture, check_config, check_known, check_max_model_len
 from kvferry.engine.attention import ATTENTION_NAME
-from kvferry.engine.checkpoint import end_tokens, find_folder, read_config, told_as
-from kvferry.engine.fingerprint import fingerprint_of
-from kvferry.engine.progress import Progress
-from kvferry.engine.self_check import self_check
+from kvferry.engine.loading.architectures import (
+    OWN_ATTENTION,
+    architecture,
+    check_config,
+    check_known,
+    check_max_model_len,
+)
+from kvferry.engine.loading.checkpoint import end_tokens, find_folder, read_config, told_as
+from kvferry.engine.loading.fingerprint import fingerprint_of
+from kvferry.engine.loading.progress import Progress
+from kvferry.engine.loading.self_check import self_check
 from kvferry.kernels.packed_linear import can_pack, pack_linears
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from itertools import islice, repeat
 from kvferry.common.errors import InvalidRequest, Overloaded
 from kvferry.common.sampling import TokenLogprobs
 from kvferry.engine.batch import Outcome, StepPlan
-from kvferry.engine.block_tables import BlockTables
-from kvferry.engine.fairness import RANK, Tenant, Tenants
 from kvferry.engine.page_pool import PagePool
-from kvferry.engine.preemption import blocks_of, victim_for_growth, victims_for_admission
-from kvferry.engine.rows import Rows
+from kvferry.engine.scheduling.block_tables import BlockTables
+from kvferry.engine.scheduling.fairness import RANK, Tenant, Tenants
+from kvferry.engine.scheduling.preemption import blocks_of, victim_for_growth, victims_for_admission
+from kvferry.engine.scheduling.rows import Rows
+from kvferry.engine.scheduling.step import Step, draws_of, make_plan, scores_of
 from kvferry.engine.sequence import Sequence, Status, TokenEvent
-from kvferry.engine.step import Step, draws_of, make_plan, scores_of
 
 
 class Scheduler:

@@ -6,7 +6,7 @@ in, it only loses what leaves it no worse off than the newcomer's tenant: so two
 
 from collections.abc import Callable, Iterable
 
-from kvferry.engine.fairness import Tenant, Tenants
+from kvferry.engine.scheduling.fairness import Tenant, Tenants
 from kvferry.engine.sequence import Sequence, Status
 
 Measure = Callable[[Iterable[Sequence]], int]

@@ -1,0 +1,1 @@
+"""From a checkpoint to a model that can be paged, or a sentence that says why it cannot."""

@@ -1,0 +1,1 @@
+"""Who runs in a step, in which blocks, and who has to wait or to go. No tensors."""
