@@ -82,9 +82,7 @@ class Continuation:
         """What a step did: publish what it computed, send what it chose."""
         seq = event.seq
         if (publisher := self._publishers.get(seq.id)) is None:
-            first = (
-                0 if seq is self._seq else seq.blocks_computed
-            )  # one that forked: the others publish what they share
+            first = 0 if seq is self._seq else seq.blocks_computed  # what branches share, one of them publishes
             publisher = self._transfer.background(seq, partial(self._transfer.offer, seq), first)
             self._publishers[seq.id] = publisher
         publisher.advance()
