@@ -8,10 +8,11 @@ import time
 from collections.abc import Awaitable, Callable
 
 from kvferry.common.config import EngineConfig
-from kvferry.common.errors import ConfigError, Internal, InvalidRequest, KvferryError, Unavailable
+from kvferry.common.errors import ConfigError, Internal, KvferryError, Unavailable
 from kvferry.common.hashing import CacheScope
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Outcome, StepPlan
+from kvferry.engine.checks import check_request
 from kvferry.engine.kv_memory import KvMemory
 from kvferry.engine.loading.model import LoadedModel
 from kvferry.engine.page_pool import PagePool
@@ -70,13 +71,7 @@ class Engine:
     ) -> Sequence:
         """A sequence that this engine can generate from. Raises InvalidRequest with one sentence for what cannot be."""
         longest = self.model.max_model_len
-        if not token_ids:
-            raise InvalidRequest("the prompt is empty; send at least one token", "prompt")
-        if not 0 < prompt_len <= len(token_ids):
-            raise InvalidRequest(f"{prompt_len} prompt tokens of {len(token_ids)} in all cannot be")
-        if len(token_ids) >= longest:
-            raise InvalidRequest(f"the prompt has {len(token_ids)} tokens; this model takes {longest - 1}", "prompt")
-        self._check_token_ids(token_ids, params)
+        check_request(token_ids, prompt_len, params, weight, self.model.vocab_size, longest)
         ends = () if params.ignore_eos else self.model.eos_token_ids
         first_id, self._next_id = self._next_id, self._next_id + params.n
         return Sequence(
@@ -92,18 +87,6 @@ class Engine:
             priority=priority,
             weight=weight,
         )
-
-    def _check_token_ids(self, token_ids: list[int], params: SamplingParams) -> None:
-        vocab = self.model.vocab_size
-        named = {
-            "prompt": token_ids,
-            "stop_token_ids": params.stop_token_ids,
-            "logit_bias": [token for token, _ in params.logit_bias],
-            "bad_words": [token for word in params.bad_words for token in word],
-        }
-        for field, ids in named.items():
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
-                raise InvalidRequest(f"a token id of {field} is outside the model's vocabulary of {vocab}", field)
 
     async def generate(self, seq: Sequence, restore: Restore, sink: Sink) -> None:
         """Run one sequence, and those it forks into, to their ends; `sink` is told at once what each step did for them.

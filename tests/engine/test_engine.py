@@ -9,6 +9,7 @@ from engine_harness import Node, assert_greedy, greedy, prompt_of, running, unti
 from memory_store import MemoryStore
 
 from kvferry.common.errors import Internal, InvalidRequest, Unavailable
+from kvferry.common.sampling import SamplingParams
 from kvferry.engine.sequence import Status
 
 # -- right answers -----------------------------------------------------------------------------------------------
@@ -185,11 +186,30 @@ def test_stopping_ends_the_streams(models):
         ([300], {}, "vocabulary"),
         ([-1], {}, "vocabulary"),
         ([1] * 1024, {}, "1024 tokens"),
-        ([1], {"stop_token_ids": (300,)}, "vocabulary"),
+        ([1], {"stop_token_ids": (300,)}, "stop_token_ids is outside the model's vocabulary"),
+        ([1], {"logit_bias": ((300, 1.0),)}, "logit_bias is outside"),
+        ([1], {"logit_bias": ((3, float("nan")),)}, "logit_bias is nan"),
+        ([1], {"bad_words": ((1, 300),)}, "bad_words is outside"),
+        ([1], {"bad_words": ((),)}, "a bad word must have a token"),
+        ([1], {"temperature": float("inf")}, "temperature is inf"),
+        ([1], {"temperature": -1.0}, "temperature is -1"),
+        ([1], {"top_p": 1.5}, "top_p is 1.5"),
+        ([1], {"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+        ([1], {"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+        ([1], {"logprobs": 301}, "logprobs asks for more"),
+        ([1], {"n": 0}, "n must be at least 1"),
     ],
 )
 def test_what_can_never_be_is_refused(models, prompt, params, sentence):
     node = Node(models["llama"], MemoryStore())
     with pytest.raises(InvalidRequest, match=sentence):
         node.sequence(prompt, **params)
+    node.engine.stop()
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_weighs_nothing_is_refused(models, weight):
+    node = Node(models["llama"], MemoryStore())
+    with pytest.raises(InvalidRequest, match="weight"):
+        node.engine.new_sequence("r", node.scope, [1], 1, SamplingParams(), 1, weight=weight)
     node.engine.stop()
