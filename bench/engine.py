@@ -65,7 +65,7 @@ def main() -> None:
     print(f"seed {args.seed}")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        alone(lambda: make_model(Path(folder), args.seed))
+        alone(make_model, Path(folder), args.seed)
         full = [HEADLINE, SHORT] if args.quick else [(b, c) for b in BATCHES for c in CONTEXTS]
         figures = measure(Path(folder), args, "float32", full) | scheduler_figures(Path(folder), args)
         beside = measure(Path(folder), args, "bfloat16", [HEADLINE, SHORT])
@@ -87,11 +87,12 @@ def make_model(folder: Path, seed: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def alone(work: Callable[[], Result]) -> Result:
-    """`work()` on a thread that is gone afterwards, and its OpenMP workers with it. libgomp stops spinning at barriers
-    once a process keeps more such threads than it has cores, and a step of any of them takes half as long again."""
+def alone(work: Callable[..., Result], *args: object) -> Result:
+    """`work(*args)` on a thread that is gone afterwards, and its OpenMP workers with it. libgomp stops spinning at
+    barriers once a process keeps more such threads than it has cores; a step of any of them then takes half as long
+    again."""
     results: list[Result] = []
-    thread = threading.Thread(target=lambda: results.append(work()))
+    thread = threading.Thread(target=lambda: results.append(work(*args)))
     thread.start()
     thread.join()
     return results[0]
@@ -104,11 +105,15 @@ def engine_config(folder: Path, args: argparse.Namespace, dtype: str) -> EngineC
     )  # fmt: skip
 
 
+def load_peer(folder: Path, dtype: str) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
 def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[tuple[int, int]]) -> dict[str, float]:
     rng = random.Random(args.seed)
-    peer = alone(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval())
+    peer = alone(load_peer, folder, dtype)
     config = engine_config(folder, args, dtype)
-    model = alone(lambda: load_model(config, lambda *_: None))
+    model = alone(load_model, config, lambda *_: None)
     weights = sum(p.numel() * p.element_size() for p in peer.parameters())
     rounds = 2 if args.quick else args.rounds
     seen: dict[str, list[float]] = {}
@@ -125,14 +130,14 @@ def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[t
         at = f"b{batch}_c{context}"
         for _ in range(rounds if batch * context <= MANY_TOKENS else 1):
             note(f"engine_{at}", batch / engine_step_seconds(model, config, prompts, args.steps))
-            note(f"generate_{at}", batch / alone(lambda: generate_step_seconds(peer, prompts, args.steps)))
+            note(f"generate_{at}", batch / alone(generate_step_seconds, peer, prompts, args.steps))
             note(f"limit_{at}", batch / ((weights + kv) / alone(read_bytes_per_s)))
         if (batch, context) == SHORT or (not args.quick and batch * context <= MOST_FOR_GENERATE_BATCH):
-            note(f"generate_batch_{at}", alone(lambda: generate_batch_tokens_per_s(peer, prompts, args.steps)))
+            note(f"generate_batch_{at}", alone(generate_batch_tokens_per_s, peer, prompts, args.steps))
     some = prompt(PREFILL)
     for _ in range(2 * rounds + 1):
         note("prefill_engine_s", prefill_seconds(model, config, some))
-        note("prefill_transformers_s", alone(lambda: forward_seconds(peer, some)))
+        note("prefill_transformers_s", alone(forward_seconds, peer, some))
     return summarise(seen, settings)
 
 
@@ -293,7 +298,7 @@ def scheduler_us(model: LoadedModel, config: EngineConfig, running: int, steps: 
 
 def scheduler_figures(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     config = engine_config(folder, args, "float32")
-    model = alone(lambda: load_model(config, lambda *_: None))
+    model = alone(load_model, config, lambda *_: None)
     few, many = (scheduler_us(model, config, running) for running in (16, 256))
     return {"scheduler_us": many, "scheduler_us_16": few, "scheduler_growth_16_to_256": many / few}
 
