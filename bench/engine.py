@@ -89,8 +89,7 @@ def make_model(folder: Path, seed: int) -> None:
 
 def alone(work: Callable[..., Result], *args: object) -> Result:
     """`work(*args)` on a thread that is gone afterwards, and its OpenMP workers with it. libgomp stops spinning at
-    barriers once a process keeps more such threads than it has cores; a step of any of them then takes half as long
-    again."""
+    barriers once a process keeps more such threads than it has cores, and every step is slower for it."""
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(work(*args)))
     thread.start()

@@ -1,9 +1,9 @@
 """Linear layers on the CPU for the few rows of a decode step, where reading the weights is all the work.
 
 bf16: weights laid out for oneDNN once, at load, by the two operators that torch's inductor uses for that ("freezing"),
-called directly. fp32: the weights stay as they are. For one to three rows `F.linear` reads them as fast as memory
-gives; from there to a dozen it falls to half of that, and a batched product over panels of 64 outputs, a mere view of
-the weight, does not. bench/engine.py measures what they give together.
+called directly. fp32: the weights stay as they are. For a few rows more than three
+`F.linear` reads them slower than a batched product over panels of 64 outputs, which are a mere view of the weight.
+bench/engine.py measures what they give together.
 """
 
 import torch
