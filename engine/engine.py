@@ -32,9 +32,13 @@ Call = tuple[Sequence, int] | KvferryError | None  # a sequence was admitted for
 
 
 class Engine:
-    """Pages KV and generates tokens. `pool` and `memory` are shared with the transfer, on the same event loop."""
+    """Pages KV and generates tokens. `pool` and `memory` are shared with the transfer, on the same event loop.
 
-    def __init__(self, model: LoadedModel, config: EngineConfig):
+    `thread` runs the steps, and should be the one that the model was loaded on: each thread that has computed with
+    torch keeps a team of its own for parallel work, and two teams on the same cores slow each other's barriers down.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig, thread: StepThread | None = None):
         self.model = model
         num_blocks = config.num_blocks or config.kv_cache_bytes // model.layout.block_bytes
         if num_blocks < 1:
@@ -49,7 +53,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._stopping = False
         self._changed: list[Callable[[], None]] = []
-        self._thread = StepThread()
+        self._thread = thread or StepThread()
         self._admitting = False
         self.pool.on_room = self._admit_soon
 

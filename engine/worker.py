@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import grpc
@@ -20,6 +21,7 @@ from kvferry.common.wire import SERVER_OPTIONS, answers_errors, layout_to_wire, 
 from kvferry.engine.engine import Engine
 from kvferry.engine.loading.model import LoadedModel, load_model
 from kvferry.engine.sequence import Sequence, Status
+from kvferry.engine.step_thread import StepThread
 from kvferry.engine.transfer import Transfer
 
 STATUS_EVERY_S = 1.0
@@ -51,11 +53,12 @@ async def serve_worker(
 ) -> None:
     """Load, connect to the store, answer calls until `stop`. Raises KvferryError with one sentence when it cannot
     start."""
-    model = await asyncio.to_thread(load_model, config.engine, notifier.progress)
+    thread = StepThread()
+    model = await thread.run(partial(load_model, progress=notifier.progress), config.engine)
     store = open_store(config, model.layout)
     await store.start()
     try:
-        worker = Worker(config, model, store)
+        worker = Worker(config, model, store, thread)
         await worker.serve(service(worker), register, notifier, stop)
     finally:
         await store.close()
@@ -80,11 +83,11 @@ class WatchedService:
 class Worker:
     """One process's engine, transfer and streams. The role's service calls `open_sequence` and `stream`."""
 
-    def __init__(self, config: WorkerConfig, model: LoadedModel, store: CountingStore):
+    def __init__(self, config: WorkerConfig, model: LoadedModel, store: CountingStore, thread: StepThread):
         self.config = config
         self.model = model
         self.store = store
-        self.engine = Engine(model, config.engine)
+        self.engine = Engine(model, config.engine, thread)
         self.transfer = Transfer(self.engine.pool, self.engine.memory, store, config.single_flight_wait_s)
         self._node = uuid.uuid4().hex
         self._streams = 0
