@@ -13,64 +13,86 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 @dataclass(slots=True)
 class Record:
-    """One request's account. The flow fills it in; times are seconds on the router's clock."""
+    """The account of one prompt and its answers. The flow fills it in; times are seconds on the router's clock.
+
+    While choices go on apart from each other, each has a handover of its own. `fills` and `restores` say what each open
+    one has told, by the first choice that it is for; the prompt's account is that of the one that found least, so every
+    prompt token is counted once, and as computed if any of them computed it.
+    """
 
     request_id: str
     prompt_tokens: int
     arrived: float
     placements: list[Placement] = field(default_factory=list)
-    fill: pb.Reuse | None = None
-    fill_done: bool = False
-    restored: pb.Reuse | None = None
-    attempts: int = 0
+    fills: dict[int, pb.Reuse] = field(default_factory=dict)
+    filled: set[int] = field(default_factory=set)  # whose fill is done
+    restores: dict[int, pb.Reuse] = field(default_factory=dict)
+    attempts: int = 0  # of the choice that took most
     output_tokens: int = 0
     most_reusable: int | None = None  # once something has failed: what was there before we computed anything
 
-    def note_fill(self, report: pb.FillReport) -> None:
+    def note_fill(self, choice: int, report: pb.FillReport) -> None:
         if report.started:
-            self.fill = report.reuse
-        self.fill_done |= report.done
+            self.fills[choice] = report.reuse
+        if report.done:
+            self.filled.add(choice)
 
-    def note_failure(self) -> None:
+    def note_failure(self, choice: int) -> None:
         """An attempt failed. What it computed may be found in the store by the next, which is not a hit: a failover
         never raises the number of cached tokens."""
         self.note_broken_fill()
-        self.fill, self.restored, self.fill_done = None, None, False
+        self.fills.pop(choice, None)
+        self.restores.pop(choice, None)
+        self.filled.discard(choice)
 
     def note_broken_fill(self) -> None:
         """A fill broke. Another node, or decode, goes on from what it has published; that is not a hit either."""
         if self.most_reusable is None:
             placed = self.placements[-1].cached_tokens if self.placements else 0
-            self.most_reusable = self.reused if self.fill or self.restored else placed
+            self.most_reusable = self.reused if self.served else placed
 
     @property
-    def _source(self) -> pb.Reuse:
-        """Who reused on behalf of the request: its fill where there was one, else decode."""
-        return self.fill or self.restored or pb.Reuse()
+    def served(self) -> bool:
+        """Whether a node has said what it found of the prompt."""
+        return bool(self.fills or self.restores)
+
+    def _source(self, choice: int | None) -> pb.Reuse:
+        """Who reused on behalf of a handover: its fill where there was one, else decode."""
+        return self.fills.get(choice) or self.restores.get(choice) or pb.Reuse()
+
+    def _found(self, choice: int | None) -> int:
+        return self._source(choice).gpu_tokens + self._source(choice).host_tokens
+
+    @property
+    def _counted(self) -> int | None:
+        """The handover whose account is the prompt's."""
+        return min(sorted({*self.fills, *self.restores}), key=self._found, default=None)
 
     @property
     def reused(self) -> int:
         """Prompt tokens that nobody computed for this request."""
-        found = min(self._source.gpu_tokens + self._source.host_tokens, self.prompt_tokens)
+        found = min(self._found(self._counted), self.prompt_tokens)
         return found if self.most_reusable is None else min(found, self.most_reusable)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON's own types. `reused` + `computed` make up the prompt; `transferred` (pulled by decode though computed
         for this request) and `recomputed` (computed by decode again) stand apart."""
-        reused_gpu = min(self._source.gpu_tokens, self.reused)
+        choice = self._counted
+        reused_gpu = min(self._source(choice).gpu_tokens, self.reused)
         computed = self.prompt_tokens - self.reused
-        restored = self.restored or pb.Reuse()
+        filled = choice in self.fills
+        restored = self.restores.get(choice) or pb.Reuse()
         arrived = restored.gpu_tokens + restored.host_tokens
-        on_decode = computed if self.fill is None else 0
+        on_decode = 0 if filled else computed
         again = min(restored.computed_tokens, self.prompt_tokens)
-        if self.fill is not None and not self.fill_done:
+        if filled and choice not in self.filled:
             on_decode = min(computed, again)
         return {
             "reused": {"gpu": reused_gpu, "host": self.reused - reused_gpu},
             "computed": {"prefill": computed - on_decode, "decode": on_decode},
-            "transferred": max(0, min(arrived, self.prompt_tokens) - self.reused) if self.fill else 0,
-            "recomputed": again - on_decode if self.fill else 0,
-            "bytes_pulled": (self.fill.pulled_bytes if self.fill else 0) + restored.pulled_bytes,
+            "transferred": max(0, min(arrived, self.prompt_tokens) - self.reused) if filled else 0,
+            "recomputed": again - on_decode if filled else 0,
+            "bytes_pulled": sum(told.pulled_bytes for told in (*self.fills.values(), *self.restores.values())),
             "attempts": self.attempts,
         }
 
@@ -107,10 +129,9 @@ class Metrics:
         )
         self.open_requests = Gauge("kvferry_open_requests", "Requests being served", registry=self.registry)
 
-    def count(self, record: Record, outcome: str) -> None:
-        """Take a finished request into the sums. The prompt of one that no node restored counts as nobody's."""
-        self.requests.labels(outcome).inc()
-        if record.fill is None and record.restored is None:
+    def count(self, record: Record) -> None:
+        """Take a finished account into the sums. A prompt that no node restored counts as nobody's."""
+        if not record.served:
             self.prompt_tokens.labels("unserved").inc(record.prompt_tokens)
             return
         told = record.as_dict()

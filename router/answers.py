@@ -3,13 +3,18 @@
 One `Answer` builds every body of one request, so the id and the time of creation are the same throughout a stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from kvferry.common.errors import KvferryError, outcome_of
+from kvferry.router.accounting import Record
+from kvferry.router.choices import Part
+from kvferry.router.logprobs import Told
 from kvferry.router.openai import Kind
+
+Shape = Callable[[Sequence[Told]], dict[str, Any]]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -37,8 +42,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
 class Answer:
     """The bodies of one request's answer. `include_usage`: whether a stream's chunks have a `usage` field, null in
-    all but the one that `usage_chunk` makes. `prompt_token_ids`: unless None, these go out once, as vLLM has them (in a
-    completion's choice, beside a chat's choices), and every choice tells the `token_ids` of its text."""
+    all but the one that `usage_chunk` makes. `logprobs`: what is told of tokens, in the API's shape; None where it was
+    not asked for. `prompt_token_ids`, of each prompt: unless None, they go out once for each choice, as vLLM has them
+    (in a completion's choice, beside a chat's choices), and every choice tells the `token_ids` of its text. Each prompt
+    has `n` choices.
+    """
 
     def __init__(
         self,
@@ -47,7 +55,9 @@ class Answer:
         request_id: str,
         created: int,
         include_usage: bool = False,
-        prompt_token_ids: Sequence[int] | None = None,
+        logprobs: Shape | None = None,
+        prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        n: int = 1,
     ):
         self.id = f"{'cmpl' if kind == 'completion' else 'chatcmpl'}-{request_id}"
         self._kind = kind
@@ -58,58 +68,86 @@ class Answer:
             "model": model,
         }
         self._chunk_end = {"usage": None} if include_usage else {}
-        self._prompt_ids = {} if prompt_token_ids is None else {"prompt_token_ids": prompt_token_ids}
+        self._logprobs, self._prompt_token_ids, self._n = logprobs, prompt_token_ids, n
+        self._opened: set[int] = set()
 
-    def whole(self, text: str, token_ids: Sequence[int], finish_reason: str, usage: Usage) -> bytes:
-        """The body of an answer that is not streamed."""
-        ids = self._ids(token_ids)
+    def whole(self, choices: Sequence[Part], usage: Usage, prompt_logprobs: Sequence[Any] | None = None) -> bytes:
+        """The body of an answer that is not streamed. `prompt_logprobs`, of each prompt, stand where vLLM has them."""
         if self._kind == "completion":
-            choice = _text_choice(text, finish_reason) | ids | self._prompt_ids
-            return msgspec.json.encode(self._chunk | {"choices": [choice], "usage": usage})
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason} | ids
-        whole = {"object": "chat.completion", "choices": [choice], "usage": usage} | self._prompt_ids
+            told = [self._completion_choice(part, prompt_logprobs) for part in choices]
+            return msgspec.json.encode(self._chunk | {"choices": told, "usage": usage})
+        beside = self._prompt_ids(0)
+        if prompt_logprobs is not None:
+            beside["prompt_logprobs"] = prompt_logprobs[0]
+        told = [self._chat_choice(part) for part in choices]
+        whole = {"object": "chat.completion", "choices": told, "usage": usage} | beside
         return msgspec.json.encode(self._chunk | whole)
 
-    def opening_chunk(self) -> bytes | None:
-        """What a stream begins with, before there is any text: a chat's role, and the prompt's token ids if they were
-        asked for. None when that is nothing."""
+    def _completion_choice(self, part: Part, prompt_logprobs: Sequence[Any] | None) -> dict[str, Any]:
+        choice = self._text_choice(part.index, part.text, part, part.finish_reason) | self._prompt_ids(part.index)
+        return (
+            choice if prompt_logprobs is None else choice | {"prompt_logprobs": prompt_logprobs[part.index // self._n]}
+        )
+
+    def _chat_choice(self, part: Part) -> dict[str, Any]:
+        message = {"role": "assistant", "content": part.text, "refusal": None}
+        told = {"index": part.index, "message": message, "logprobs": self._told(part)}
+        return told | {"finish_reason": part.finish_reason} | self._ids(part.token_ids)
+
+    def chunks(self, part: Part) -> list[bytes]:
+        """What a stream says of a part: nothing where a client could see nothing. Before a choice's first part comes a
+        chunk with a chat's role, and the prompt's token ids if they were asked for; after its last part one with the
+        finish reason and nothing else."""
+        chunks = []
+        if part.index not in self._opened:
+            self._opened.add(part.index)
+            chunks += self._opening(part.index)
+        if part.text or part.told or (part.token_ids and self._prompt_token_ids is not None):
+            chunks.append(self._stream_chunk(self._new(part.index, part.text, part, None)))
+        if part.finish_reason:
+            chunks.append(self._stream_chunk(self._new(part.index, "", None, part.finish_reason)))
+        return chunks
+
+    def _opening(self, index: int) -> list[bytes]:
+        prompt_ids = self._prompt_ids(index)
         if self._kind == "completion":
-            choice = _text_choice("", None) | self._ids(()) | self._prompt_ids
-            return self._stream_chunk(choice) if self._prompt_ids else None
-        choice = _delta_choice({"role": "assistant", "content": ""}, None) | self._ids(())
-        return self._stream_chunk(choice, self._prompt_ids)
-
-    def text_chunk(self, text: str, token_ids: Sequence[int]) -> bytes | None:
-        """What is new. None when that is nothing a client could see."""
-        ids = self._ids(token_ids)
-        if not text and not (ids and token_ids):
-            return None
-        choice = _text_choice(text, None) if self._kind == "completion" else _delta_choice({"content": text}, None)
-        return self._stream_chunk(choice | ids)
-
-    def last_chunk(self, finish_reason: str) -> bytes:
-        """The chunk with the finish reason and no text."""
-        choice = _text_choice("", finish_reason) if self._kind == "completion" else _delta_choice({}, finish_reason)
-        return self._stream_chunk(choice | self._ids(()))
+            choice = self._new(index, "", None, None) | prompt_ids
+            return [self._stream_chunk(choice)] if prompt_ids else []
+        choice = _delta_choice(index, {"role": "assistant", "content": ""}, None, None) | self._ids(())
+        return [self._stream_chunk(choice, prompt_ids if index == 0 else None)]
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The chunk after the last, with no choices."""
         return msgspec.json.encode(self._chunk | {"choices": [], "usage": usage})
 
+    def _new(self, index: int, text: str, part: Part | None, finish_reason: str | None) -> dict[str, Any]:
+        """A choice of a chunk; of `part` its tokens, and what is told of them."""
+        if self._kind == "completion":
+            return self._text_choice(index, text, part, finish_reason)
+        delta = {} if finish_reason else {"content": text}
+        return _delta_choice(index, delta, self._told(part), finish_reason) | self._ids(part.token_ids if part else ())
+
+    def _text_choice(self, index: int, text: str, part: Part | None, finish_reason: str | None) -> dict[str, Any]:
+        told = {"index": index, "text": text, "logprobs": self._told(part), "finish_reason": finish_reason}
+        return told | self._ids(part.token_ids if part else ())
+
+    def _told(self, part: Part | None) -> dict[str, Any] | None:
+        return self._logprobs(part.told) if self._logprobs and part and part.told else None
+
     def _ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        return {"token_ids": token_ids} if self._prompt_ids else {}
+        return {} if self._prompt_token_ids is None else {"token_ids": token_ids}
+
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        return {} if self._prompt_token_ids is None else {"prompt_token_ids": self._prompt_token_ids[index // self._n]}
 
     def _stream_chunk(self, choice: dict[str, Any], beside: dict[str, Any] | None = None) -> bytes:
         return msgspec.json.encode(self._chunk | {"choices": [choice]} | (beside or {}) | self._chunk_end)
 
 
-def _text_choice(text: str, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _delta_choice(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _delta_choice(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, finish_reason: str | None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def usage_of(
@@ -123,6 +161,26 @@ def usage_of(
         prompt_tokens_details=PromptTokensDetails(cached_tokens),
         kvferry=kvferry,
     )
+
+
+def usage_of_all(records: Sequence[Record]) -> Usage:
+    """What the prompts of a request took, together. A prompt counts once, however many choices it has."""
+    return usage_of(
+        sum(record.prompt_tokens for record in records),
+        sum(record.output_tokens for record in records),
+        sum(record.reused for record in records),
+        _summed([record.as_dict() for record in records]),
+    )
+
+
+def _summed(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accounts of the same shape, number by number."""
+    return {
+        name: _summed([account[name] for account in accounts])
+        if isinstance(first, dict)
+        else sum(account[name] for account in accounts)
+        for name, first in accounts[0].items()
+    }
 
 
 def models_list(models: Sequence[Model]) -> bytes:

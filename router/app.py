@@ -3,12 +3,11 @@
 import asyncio
 import logging
 import re
-import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
@@ -28,18 +27,22 @@ from kvferry.common.errors import (
 )
 from kvferry.common.hashing import TenantId
 from kvferry.common.process import Notifier
-from kvferry.common.sampling import SamplingParams
 from kvferry.kvstore.client import StoreClient
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.admin import admin_app
-from kvferry.router.answers import Answer, Model, Usage, error_body, models_list, usage_of
+from kvferry.router.answers import Answer, Model, error_body, models_list, usage_of_all
+from kvferry.router.choices import Part, Telling, joined, tellings
 from kvferry.router.flow import Flow, Job
-from kvferry.router.nodes import Nodes, ServedModel
+from kvferry.router.jobs import jobs_of
+from kvferry.router.limits import DEFAULT_LIMITS
+from kvferry.router.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
+from kvferry.router.merge import side_by_side
+from kvferry.router.nodes import Nodes
 from kvferry.router.openai import GenerationRequest, Kind, parse_request
 from kvferry.router.placement import least_loaded
 from kvferry.router.sse import EventStream
 from kvferry.router.tenants import Tenants
-from kvferry.router.text import Tokenizer, check_token_ids, load_tokenizer
+from kvferry.router.text import Tokenizer, load_tokenizer
 
 READY_LOOK_S = 30.0
 LAST_WORDS_S = 0.5  # for answers that say that the server stops
@@ -95,16 +98,6 @@ async def listen(app: web.Application, host: str, port: int) -> web.AppRunner:
     return runner
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What is new for the client. The text may lag behind its tokens; the last part, with the finish reason, has the
-    rest of it."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None = None
-
-
 class Front:
     """The routes. Holds no state of a request."""
 
@@ -113,6 +106,7 @@ class Front:
     ):
         self._config, self._tenants, self._tokenizer = config, tenants, tokenizer
         self._nodes, self._flow, self._metrics = nodes, flow, metrics
+        self._limits = DEFAULT_LIMITS
         self._clock = MonotonicClock()
         self._created = int(time.time())
         self._open = 0
@@ -186,7 +180,7 @@ class Front:
 
     async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
         tenant = self._tenants.authenticate(request.headers.get("Authorization"))
-        asked = parse_request(kind, await request.read())
+        asked = parse_request(kind, await request.read(), self._limits)
         if asked.model not in (self._config.served_model_name, self._config.model):
             raise NotFound(f"the model {asked.model[:64]!r} is not served here; {self._config.served_model_name!r} is")
         if self._open >= self._config.max_concurrent:
@@ -194,13 +188,13 @@ class Front:
         request["counted"] = True
         self._open += 1
         self._metrics.open_requests.set(self._open)
-        outcome = "cancelled"
-        record = Record(request["id"], 0, self._clock.now())
+        arrived, outcome, records = self._clock.now(), "cancelled", []
         try:
-            job = await self._prepare(asked, tenant, request["id"])
-            record.prompt_tokens = len(job.token_ids)
+            jobs = await self._jobs(asked, tenant, request["id"])
+            records += [Record(job.request_id, len(job.token_ids), arrived) for job in jobs]
+            told = tellings(jobs, records, asked, self._tokenizer)
             answer = self._stream if asked.stream else self._whole
-            response = await answer(request, asked, job, record)
+            response = await answer(request, asked, told)
             outcome = "ok"
             return response
         except KvferryError as error:
@@ -214,80 +208,49 @@ class Front:
             if not self._open:
                 self._idle.set()
             self._metrics.open_requests.set(self._open)
-            self._metrics.count(record, outcome)
+            self._metrics.requests.labels(outcome).inc()
+            for record in records:
+                self._metrics.count(record)
 
-    async def _prepare(self, asked: GenerationRequest, tenant: TenantId, request_id: str) -> Job:
-        """Tokenise, check against the model that is up, and settle what the request left open."""
-        model, pool = await self._model()
-        tokens = await self._tokenizer.encode(asked.prompt)
-        check_token_ids(tokens, model.vocab_size)
-        room = model.max_model_len - len(tokens)
-        if room < 1:
-            raise InvalidRequest(
-                f"the prompt has {len(tokens)} tokens; this model takes up to {model.max_model_len - 1}, with one to "
-                "generate",
-                "prompt" if asked.kind == "completion" else "messages",
-            )
-        if asked.max_tokens is not None and asked.max_tokens > room:
-            raise InvalidRequest(
-                f"{len(tokens)} prompt tokens and max_tokens {asked.max_tokens} exceed the model's "
-                f"{model.max_model_len}; ask for at most {room}",
-                "max_tokens",
-            )
-        max_tokens = asked.max_tokens or max(1, min(room, pool - len(tokens)))
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            top_k=asked.top_k,
-            min_p=asked.min_p,
-            presence_penalty=asked.presence_penalty,
-            frequency_penalty=asked.frequency_penalty,
-            repetition_penalty=asked.repetition_penalty,
-            logit_bias=asked.logit_bias,
-            bad_words=await self._tokenizer.bad_words(asked.bad_words),
-            stop_token_ids=asked.stop_token_ids,
-            seed=asked.seed if asked.seed is not None else secrets.randbits(64),
-            min_tokens=min(asked.min_tokens, max_tokens),
-            ignore_eos=asked.ignore_eos,
-        )
-        return Job(request_id, self._tenants.keys_of(tenant), asked.cache_salt, tokens, params)
-
-    async def _model(self) -> tuple[ServedModel, int]:
-        """The model that is up, and how many tokens the largest page pool of its decode nodes holds."""
+    async def _jobs(self, asked: GenerationRequest, tenant: TenantId, request_id: str) -> list[Job]:
         model = await self._flow.ready_model(self._config.node_wait_s)
         pools = [node.status.total_blocks for node in least_loaded(self._nodes.decode)]
-        return model, max(pools) * model.layout.block_size
+        keys = self._tenants.keys_of(tenant)
+        return await jobs_of(asked, keys, request_id, self._tokenizer, model, max(pools) * model.layout.block_size)
+
+    def _answer(self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling]) -> Answer:
+        shape = None
+        if asked.logprobs is not None:
+            of_kind = completion_logprobs if asked.kind == "completion" else chat_logprobs
+            shape = partial(of_kind, top=asked.logprobs, tokenizer=self._tokenizer)
+        prompts = [one.job.token_ids for one in told] if asked.return_token_ids else None
+        created = int(time.time())
+        return Answer(asked.kind, asked.model, request["id"], created, asked.include_usage, shape, prompts, asked.n)
 
     async def _whole(
-        self, request: web.Request, asked: GenerationRequest, job: Job, record: Record
+        self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling]
     ) -> web.StreamResponse:
-        answer = answer_of(asked, job)
-        parts: list[Part] = []
-        async with aclosing(self._parts(asked, job, record)) as arriving:
-            async for part in arriving:
-                parts.append(part)
-        text = "".join([part.text for part in parts])
-        token_ids = [token for part in parts for token in part.token_ids]
-        body = answer.whole(text, token_ids, parts[-1].finish_reason or "stop", self._usage(record))
+        answer = self._answer(request, asked, told)
+        async with aclosing(self._parts(asked, told)) as arriving:
+            parts = joined([part async for part in arriving], len(told) * asked.n)
+        prompts = None
+        if (top := asked.prompt_logprobs) is not None:
+            prompts = [prompt_logprobs(one.job.token_ids, one.prompt_logprobs, top, self._tokenizer) for one in told]
+        body = answer.whole(parts, usage_of_all([one.record for one in told]), prompts)
         return web.Response(body=body, content_type="application/json")
 
     async def _stream(
-        self, request: web.Request, asked: GenerationRequest, job: Job, record: Record
+        self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling]
     ) -> web.StreamResponse:
-        answer = answer_of(asked, job)
-        events = EventStream(request, {"X-Request-Id": job.request_id})
+        answer = self._answer(request, asked, told)
+        events = EventStream(request, {"X-Request-Id": request["id"]})
         try:
-            async with aclosing(self._parts(asked, job, record)) as parts:
+            async with aclosing(self._parts(asked, told)) as parts:
                 async for part in parts:
-                    if not events.started and (opening := answer.opening_chunk()):
-                        await events.data(opening)
-                    if chunk := answer.text_chunk(part.text, part.token_ids):
+                    for chunk in answer.chunks(part):
                         await events.data(chunk)
-                    if part.finish_reason:
-                        await events.data(answer.last_chunk(part.finish_reason))
             if asked.include_usage:
-                await events.data(answer.usage_chunk(self._usage(record)))
+                await events.data(answer.usage_chunk(usage_of_all([one.record for one in told])))
             await events.done()
         except ConnectionResetError:
             raise
@@ -296,41 +259,31 @@ class Front:
                 raise
             known = isinstance(error, KvferryError)
             log.warning(
-                "a stream ended in an error: %s", error, exc_info=not known, extra={"request_id": job.request_id}
+                "a stream ended in an error: %s", error, exc_info=not known, extra={"request_id": request["id"]}
             )
             await events.error(error_body(error))
             await events.response.write_eof()
         return events.response
 
-    async def _parts(self, asked: GenerationRequest, job: Job, record: Record) -> AsyncIterator[Part]:
-        """Tokens as they come, text as it becomes certain. A stop string ends the request."""
-        detokenizer = self._tokenizer.detokenizer(asked.stop)
-        last = None
-        async with aclosing(self._flow.run(job, record)) as pieces:
-            async for piece in pieces:
-                now = self._clock.now()
-                if last is None:
-                    self._metrics.ttft.observe(now - record.arrived)
-                else:
-                    self._metrics.itl.observe((now - last) / len(piece.token_ids))
-                last = now
-                record.output_tokens += len(piece.token_ids)
-                text, stopped = detokenizer.push(piece.token_ids)
-                if stopped:
-                    yield Part(text, piece.token_ids, "stop")
-                    return
-                if piece.finish_reason:
-                    yield Part(text + detokenizer.finish(), piece.token_ids, piece.finish_reason)
-                    return
-                yield Part(text, piece.token_ids)
+    async def _parts(self, asked: GenerationRequest, told: Sequence[Telling]) -> AsyncGenerator[Part, None]:
+        """What the choices of all prompts say, as it comes. The first prompt that fails fails the request."""
+        at_once = max(1, self._limits.choices_at_once // asked.n)
+        streams = [one.parts(self._flow) for one in told]
+        last: dict[int, float] = {}
+        async with aclosing(streams[0] if len(streams) == 1 else side_by_side(streams, at_once)) as parts:
+            async for part in parts:
+                if part.token_ids:
+                    self._measure(part, told[0].record.arrived, last)
+                yield part
 
-    def _usage(self, record: Record) -> Usage:
-        return usage_of(record.prompt_tokens, record.output_tokens, record.reused, record.as_dict())
-
-
-def answer_of(asked: GenerationRequest, job: Job) -> Answer:
-    prompt = job.token_ids if asked.return_token_ids else None
-    return Answer(asked.kind, asked.model, job.request_id, int(time.time()), asked.include_usage, prompt)
+    def _measure(self, part: Part, arrived: float, last: dict[int, float]) -> None:
+        """`last`: when tokens of each choice last came."""
+        now = self._clock.now()
+        if not last:
+            self._metrics.ttft.observe(now - arrived)
+        elif part.index in last:
+            self._metrics.itl.observe((now - last[part.index]) / len(part.token_ids))
+        last[part.index] = now
 
 
 def error_response(error: BaseException, request_id: str) -> web.Response:

@@ -3,15 +3,16 @@
     chain -> look -> place -> continue (decode) admitted -> fill (prefill) opened -> progress relayed -> tokens
 
 Any node may die at any moment. A fill that breaks is tried on another prefill node, or decode computes what is missing.
-A continue that breaks is continued elsewhere from the prompt and the tokens sent so far. Closing the iterator closes
-both streams, and with them everything behind the request.
+A continue that breaks is continued elsewhere from the prompt and the tokens sent so far; where it was for several
+choices, each goes on by itself, for they have different tokens by then. Closing the iterator closes all streams, and
+with them everything behind the request.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvferry.common.clock import Clock
 from kvferry.common.config import RouterConfig
@@ -23,6 +24,7 @@ from kvferry.common.store_api import BlockStore
 from kvferry.common.wire import sequence_to_wire
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.handover import Handover, Piece
+from kvferry.router.merge import side_by_side
 from kvferry.router.nodes import Nodes, ServedModel
 from kvferry.router.placement import least_loaded, place
 
@@ -35,13 +37,52 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request that was found valid: whose it is, its tokens, how to sample. `keys` and `token_ids` are secret."""
+    """One prompt of a request that was found valid: whose it is, its tokens, how to sample. `keys` and `token_ids` are
+    secret. Of one tenant's jobs the lower `priority` goes first."""
 
     request_id: str
     keys: TenantKeys = field(repr=False)
     cache_salt: str = field(repr=False)
     token_ids: list[int] = field(repr=False)
     params: SamplingParams
+    priority: int = 0
+
+    @property
+    def choices(self) -> range:
+        return range(self.params.choice, self.params.choice + self.params.n)
+
+    def only(self, choice: int) -> "Job":
+        """The same job for one of its choices."""
+        return replace(self, params=replace(self.params, choice=choice, n=1))
+
+
+class Progress:
+    """How far a job's answer has come. The flow notes what it gives out; who takes it may `end` a choice early."""
+
+    def __init__(self, job: Job):
+        self.sent: dict[int, list[int]] = {choice: [] for choice in job.choices}  # of the choices that go on
+        self.scored = 0  # prompt tokens, besides the first, whose log probability has been given out
+
+    def end(self, choice: int) -> None:
+        """The choice has all that it needs: what comes for it from here on is dropped. May be repeated."""
+        self.sent.pop(choice, None)
+
+    def of(self, job: Job) -> list[int]:
+        """The choices of a job that go on."""
+        return [choice for choice in job.choices if choice in self.sent]
+
+    def untouched(self, job: Job) -> bool:
+        return all(self.sent.get(choice) == [] for choice in job.choices)
+
+    def take(self, piece: Piece) -> bool:
+        """Note a piece that is about to be given out; False if nothing in it is wanted."""
+        if piece.token_ids:
+            if piece.choice not in self.sent:
+                return False
+            self.sent[piece.choice] += piece.token_ids
+            if piece.finish_reason:
+                self.end(piece.choice)
+        return bool(piece.token_ids or piece.prompt_logprobs)
 
 
 class Flow:
@@ -60,50 +101,69 @@ class Flow:
         for handover in self._active:
             handover.abort(Unavailable(STOPPING))
 
-    async def run(self, job: Job, record: Record) -> AsyncIterator[Piece]:
-        """Yield the job's tokens in order. Raises a KvferryError within `request_s` if it cannot be finished."""
-        sent: list[int] = []
-        give_up = self._clock.now() + self._config.request_s
+    async def run(self, job: Job, record: Record, progress: Progress, attempt: int = 1) -> AsyncGenerator[Piece, None]:
+        """Yield the tokens of the job's choices that go on, each choice's in order; what was asked of the prompt comes
+        before them. Raises a KvferryError if it cannot be finished within `request_s` from the record's arrival."""
+        give_up = record.arrived + self._config.request_s
         while True:
-            record.attempts += 1
+            record.attempts = max(record.attempts, attempt)
             patience = min(self._config.node_wait_s, give_up - self._clock.now())
             model = await self.ready_model(patience)  # to fail here is final
+            if not progress.of(job):
+                return
             try:
-                async with aclosing(self._attempt(job, sent, record, give_up, model)) as pieces:
+                async with aclosing(self._attempt(job, record, progress, give_up, model)) as pieces:
                     async for piece in pieces:
-                        sent += piece.token_ids
-                        yield piece
-                        if piece.finish_reason:
+                        if progress.take(piece):
+                            yield piece
+                        if not progress.of(job):
                             return
             except RETRIED as error:
-                if record.attempts == ATTEMPTS or self._stopping:
+                if not progress.of(job):
+                    return
+                if attempt == ATTEMPTS or self._stopping:
                     raise
-                log.warning("attempt %d failed: %s", record.attempts, error, extra={"request_id": job.request_id})
+                log.warning("attempt %d failed: %s", attempt, error, extra={"request_id": job.request_id})
                 self._metrics.failed_attempts.labels("decode").inc()
-                record.note_failure()
+                record.note_failure(job.params.choice)
+            attempt += 1
+            if job.params.n > 1 and not progress.untouched(job):
+                break
+        branches = [self.run(job.only(choice), record, progress, attempt) for choice in progress.of(job)]
+        async with aclosing(side_by_side(branches)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def _attempt(
-        self, job: Job, sent: list[int], record: Record, give_up: float, model: ServedModel
-    ) -> AsyncIterator[Piece]:
-        tokens = job.token_ids + sent
+        self, job: Job, record: Record, progress: Progress, give_up: float, model: ServedModel
+    ) -> AsyncGenerator[Piece, None]:
+        """One continue for all choices of a job, from what has been sent: of several, that is nothing."""
+        tokens = job.token_ids + progress.sent[job.params.choice]
         scope = CacheScope(job.keys, model.fingerprint, model.layout, job.cache_salt)
-        names = scope.chain(tokens)
-        seen = await self._store.lookup(names[: (len(tokens) - 1) // model.layout.block_size], lease=False)
-        cached = len(seen.blocks) * model.layout.block_size
-        sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), job.params)
+        params, names, cached = job.params, scope.chain(tokens), 0
+        if progress.scored == len(job.token_ids) - 1:
+            params = replace(params, prompt_logprobs=None)
+        scores = params.prompt_logprobs is not None  # then decode computes all of the prompt, whoever has it
+        if not scores:
+            seen = await self._store.lookup(names[: (len(tokens) - 1) // model.layout.block_size], lease=False)
+            cached = len(seen.blocks) * model.layout.block_size
+        sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), params, job.priority)
 
         if self._stopping:
             raise Unavailable(STOPPING)
-        handover = await self._admitted(sequence, model, cached, names, record)
+        handover = await self._admitted(sequence, model, cached, names, record, fills=not scores)
         self._active.add(handover)
-        ended = False
+        scored = 0
         try:
             async for piece in handover.pieces(self._clock, give_up):
-                ended = piece.finish_reason is not None
+                if told := piece.prompt_logprobs:
+                    piece = replace(piece, prompt_logprobs=told[max(progress.scored - scored, 0) :])
+                    scored += len(told)
+                    progress.scored = max(progress.scored, scored)
                 yield piece
         finally:
             self._active.discard(handover)
-            if ended:
+            if handover.ended:
                 self._finish_later(handover)
             else:
                 await handover.close()
@@ -125,15 +185,23 @@ class Flow:
         return least_loaded(self._nodes.decode)[0].model
 
     async def _admitted(
-        self, sequence: pb.Sequence, model: ServedModel, cached: int, names: list[BlockName], record: Record
+        self,
+        sequence: pb.Sequence,
+        model: ServedModel,
+        cached: int,
+        names: list[BlockName],
+        record: Record,
+        fills: bool,
     ) -> Handover:
-        """Open `continue` on the first decode node that admits it, among those that run the model."""
+        """Open `continue` on the first decode node that admits it, among those that run the model. `fills`: whether a
+        prefill node may fill it."""
         refusal: KvferryError = Unavailable("no decode node is ready; try again later")
         for decode in least_loaded(self._nodes.decode):
             if not decode.ready or decode.model != model:  # it may have gone while another was asked
                 continue
+            partners = self._nodes.partners(decode) if fills else []
             placement = place(
-                decode, self._nodes.partners(decode), names, len(sequence.token_ids), cached,
+                decode, partners, names, len(sequence.token_ids), cached,
                 self._config.max_local_prefill,
             )  # fmt: skip
             record.placements.append(placement)

@@ -30,12 +30,13 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Tokens of one choice to send. `finish_reason` is set in its last piece; `logprobs`, where they were asked for,
-    has one entry a token."""
+    has one entry a token. Or, before any token of any choice, what is told of the prompt's next tokens."""
 
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     choice: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 def piece_of(tokens: pb.Tokens) -> Piece:
@@ -48,12 +49,15 @@ class _DecodeEnded(Exception):
 
 
 class Handover:
-    """Owns both calls and the tasks that serve them, from `open` to `close`."""
+    """Owns both calls and the tasks that serve them, from `open` to `close`. It is for as many choices as the sequence
+    asks for."""
 
     def __init__(self, sequence: pb.Sequence, placement: Placement, nodes: Nodes, record: Record, metrics: Metrics):
         self._sequence, self._placement, self._nodes = sequence, placement, nodes
         self._record, self._metrics = record, metrics
         self._continue = placement.decode.stub.Continue()
+        self._choice = sequence.sampling.choice
+        self._going_on = sequence.sampling.n or 1
         self._out: asyncio.Queue[Piece | KvferryError] = asyncio.Queue()
         self._restored = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -81,10 +85,14 @@ class Handover:
         else:
             self._tasks.append(asyncio.create_task(self._feed(self._placement.prefill)))
 
+    @property
+    def ended(self) -> bool:
+        """Whether `pieces` has given the last piece of every choice."""
+        return not self._going_on
+
     async def pieces(self, clock: Clock, give_up: float) -> AsyncIterator[Piece]:
         """The tokens as they come, the first from whoever has it first. Raises what ended the attempt."""
-        going_on = self._sequence.sampling.n or 1
-        while going_on:
+        while self._going_on:
             try:
                 async with asyncio.timeout(max(give_up - clock.now(), 0.001)):
                     piece = await self._out.get()
@@ -92,16 +100,19 @@ class Handover:
                 raise DeadlineExceeded("the request took longer than this server allows") from error
             if isinstance(piece, KvferryError):
                 raise piece
+            self._going_on -= piece.finish_reason is not None
             yield piece
-            going_on -= piece.finish_reason is not None
 
     async def _receive(self) -> None:
         """Decode's events: its tokens go out; that the blocks have arrived lets the fill go."""
         try:
             while (event := await self._continue.read()) is not grpc.aio.EOF:
                 if event.HasField("restored"):
-                    self._record.restored = event.restored.reuse
+                    self._record.restores[self._choice] = event.restored.reuse
                     self._restored.set()
+                elif event.HasField("prompt_logprobs"):
+                    told = tuple(map(logprobs_from_wire, event.prompt_logprobs.tokens))
+                    self._out.put_nowait(Piece((), prompt_logprobs=told))
                 elif event.HasField("tokens"):
                     self._out.put_nowait(piece_of(event.tokens))
             self._out.put_nowait(await self._ended())
@@ -185,10 +196,10 @@ class Handover:
     async def _take(self, report: pb.FillReport, progress: pb.FillProgress) -> None:
         """The first tokens go to the client at once, and only once; then decode hears how far the fill is, unless they
         end the request. (A second fill may choose others in bf16: those that were sent count.)"""
-        self._record.note_fill(report)
+        self._record.note_fill(self._choice, report)
         if report.first_tokens and not progress.first_tokens:
             progress.first_tokens.extend(report.first_tokens)
-            for choice, first in enumerate(report.first_tokens, start=self._sequence.sampling.choice):
+            for choice, first in enumerate(report.first_tokens, start=self._choice):
                 told = (logprobs_from_wire(first.logprobs),) if first.HasField("logprobs") else ()
                 self._out.put_nowait(Piece((first.token_id,), first.finish_reason or None, choice, told))
         progress.committed_blocks = report.committed_blocks

@@ -1,8 +1,12 @@
-"""Text to token ids: the model's tokenizer, its chat template, and the check of ids against the vocabulary."""
+"""Text to token ids: the model's tokenizer, its chat template, and the check of ids against the vocabulary. And what
+each token is by itself."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import ConfigError, InvalidRequest
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
 
 TURN_CHARS = 32  # what a template adds to a message, roughly
 INLINE_CHARS = 4096  # about 1 ms of tokenising; more goes to the thread
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # how tokenizers with byte fallback write one
+REPLACEMENT = "\ufffd"
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
@@ -36,6 +42,21 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
         raise InvalidRequest(f"the prompt has a token id outside of the model's vocabulary of {vocab_size}", "prompt")
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token by itself. `data`: its UTF-8 bytes, with the space that it begins with; part of a character perhaps, and
+    None for an id that the tokenizer does not know. `shown`: whether it is part of a text; special tokens are not."""
+
+    name: str
+    data: bytes | None
+    shown: bool
+
+
+def token_name(data: bytes) -> str:
+    """The text of a token; bytes that are no whole character as OpenAI writes them, with a backslash: `\\xe2\\x82`."""
+    return data.decode(errors="backslashreplace")
+
+
 class Tokenizer:
     """One model's tokenizer. Encoding runs in one thread when it is long, so the event loop stays free."""
 
@@ -45,6 +66,8 @@ class Tokenizer:
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._special = frozenset(special | set(tokenizer.all_special_ids))
         self._known = len(tokenizer)  # the model's embedding may have more rows; those ids have no text
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._tokens: dict[int, Token] = {}
 
     @property
     def has_chat_template(self) -> bool:
@@ -92,6 +115,43 @@ class Tokenizer:
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         return Detokenizer(self._decode_shown, self._shows, StopScanner(stop))
+
+    def token(self, token_id: int) -> Token:
+        if (token := self._tokens.get(token_id)) is None:
+            token = self._tokens[token_id] = self._describe(token_id)
+        return token
+
+    def _describe(self, token_id: int) -> Token:
+        if token_id >= self._known:
+            return Token(f"token_id:{token_id}", None, False)
+        data = self._bytes_of(token_id)
+        return Token(token_name(data), data, self._shows(token_id))
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to a text that goes before it: decoders take the space away that a text begins with."""
+        before = self._tokenizer.decode(self._anchor, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode([*self._anchor, token_id], clean_up_tokenization_spaces=False)
+        text = text.removeprefix(before)
+        if REPLACEMENT not in text:
+            return text.encode()
+        written = self._tokenizer.convert_ids_to_tokens(token_id)
+        if byte := BYTE.fullmatch(written):
+            return bytes.fromhex(byte[1])
+        if all(char in self._byte_level for char in written):
+            return bytes(self._byte_level[char] for char in written)
+        return text.encode()
+
+    @cached_property
+    def _byte_level(self) -> dict[str, int]:
+        """How tokenizers that work on bytes write each one (that of GPT-2, which all of them took over)."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        return {char: byte for byte, char in bytes_to_unicode().items()}
+
+    def leading_space(self, token_id: int) -> bool:
+        """Whether a token begins with a space that is left out where a text begins with the token."""
+        data = self.token(token_id).data or b""
+        return data.startswith(b" ") and not self.decode([token_id]).startswith(" ")
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

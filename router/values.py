@@ -16,6 +16,7 @@ MAX_BIASES = 1024
 MAX_STOP_TOKENS = 128
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
+MAX_LOGPROBS = 20
 TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 ROLES = ("system", "developer", "user", "assistant")
 
@@ -23,11 +24,14 @@ ROLES = ("system", "developer", "user", "assistant")
 STOPS = f"a string or a list of up to {MAX_STOPS} strings, each of 1 to {MAX_STOP_CHARS} characters"
 BIASES = f"an object of up to {MAX_BIASES} token ids, as strings, each with a number from -100 to 100"
 STOP_TOKENS = f"a list of up to {MAX_STOP_TOKENS} token ids"
+PROMPTS = "a string, a list of token ids, or a list of several prompts that are all one or all the other"
+LOGPROBS = f"a whole number from 0 to {MAX_LOGPROBS}"
 BAD_WORDS = f"a list of up to {MAX_BAD_WORDS} strings, each of 1 to {MAX_BAD_WORD_CHARS} characters"
 
 Flag = Annotated[bool, Meta(description="true or false")]
 ModelName = Annotated[str, Meta(min_length=1, description="the name of a model")]
 Count = Annotated[int, Meta(ge=1, lt=2**31, description="a whole number of at least 1")]
+MaxTokens = Annotated[int, Meta(ge=0, lt=2**31, description="a whole number of at least 1")]
 MinTokens = Annotated[int, Meta(ge=0, lt=2**31, description="a whole number of at least 0")]
 Temperature = Annotated[float, Meta(ge=0, le=2, description="a number from 0 to 2")]
 TopP = Annotated[float, Meta(gt=0, le=1, description="a number above 0, up to 1")]
@@ -41,8 +45,45 @@ Biases = Annotated[Any, Meta(description=BIASES)]
 StopTokens = Annotated[Any, Meta(description=STOP_TOKENS)]
 BadWords = Annotated[Any, Meta(description=BAD_WORDS)]
 Salt = Annotated[str, Meta(max_length=MAX_SALT_CHARS, description=f"a string of up to {MAX_SALT_CHARS} characters")]
-PromptValue = Annotated[str | list[Any], Meta(description="a string, or a list of token ids, or a list of one string")]
+PromptValue = Annotated[str | list[Any], Meta(description=PROMPTS)]
+LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description=LOGPROBS)]
+LogprobFlag = Annotated[Any, Meta(description=LOGPROBS)]
+Priority = Annotated[
+    int, Meta(ge=-(2**31), le=2**31 - 1, description="a whole number of at most 32 bits, of which the lower goes first")
+]
 Role = Annotated[Literal["system", "developer", "user", "assistant"], Meta(description=f"one of {', '.join(ROLES)}")]
+
+
+def prompts(value: str | list[Any]) -> tuple[str | tuple[int, ...], ...]:
+    """One prompt or a batch. Token ids are not yet checked against the vocabulary."""
+    if isinstance(value, str):
+        return (value,)
+    if not value:
+        raise InvalidRequest("prompt must have at least one token id, or one prompt", "prompt")
+    if all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if all(isinstance(item, list) for item in value):
+        return tuple(_token_ids(item) for item in value)
+    return (_token_ids(value),)
+
+
+def _token_ids(value: list[Any]) -> tuple[int, ...]:
+    if not value:
+        raise InvalidRequest("prompt must have at least one token id in each list", "prompt")
+    if not all(type(item) is int for item in value):
+        raise InvalidRequest(f"prompt must be {PROMPTS}, not a list of other things", "prompt")
+    if not 0 <= min(value) <= max(value) < 2**32:
+        raise InvalidRequest("prompt has a token id that is negative or over 32 bits", "prompt")
+    return tuple(value)
+
+
+def completion_logprobs(value: Any) -> int | None:
+    """False, which is what a chat's `logprobs` is by default, passes for none."""
+    if value is None or value is False:
+        return None
+    if type(value) is not int or not 0 <= value <= MAX_LOGPROBS:
+        raise _wrong("logprobs", LOGPROBS, value)
+    return value
 
 
 def stops(value: Any) -> tuple[str, ...]:

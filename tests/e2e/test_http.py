@@ -72,15 +72,15 @@ def test_metrics_of_nodes_and_store(llama):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"logprobs": 5}, "logprobs"),
-        ({"echo": True}, "echo"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"echo": "yes"}, "echo"),
         ({"best_of": 3}, "best_of"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"max_token": 5}, "max_token"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": [1, 2, 300]}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [[1], [2]]}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
         ({"prompt": [1] * 1024}, "prompt"),
         ({"max_tokens": 1024}, "max_tokens"),
         ({"seed": 1.5}, "seed"),

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from kvferry.common.errors import InvalidRequest, NotFound, Overloaded
 from kvferry.router.answers import Answer, Model, error_body, models_list, usage_of
+from kvferry.router.choices import Part
+from kvferry.router.limits import Limits
 from kvferry.router.openai import (
     NEUTRAL_CHAT,
     NEUTRAL_COMPLETION,
@@ -43,8 +45,8 @@ def refusal(kind: str, **fields: Any) -> InvalidRequest:
 
 def test_defaults():
     completion, chat = parse("completion"), parse("chat")
-    assert completion.prompt == "p"
-    assert chat.prompt == Conversation((Message("user", "p"),))
+    assert completion.prompts == ("p",)
+    assert chat.prompts == (Conversation((Message("user", "p"),)),)
     assert (completion.max_tokens, chat.max_tokens) == (16, None)
     for request in (completion, chat):
         assert (request.temperature, request.top_p, request.top_k, request.seed) == (1.0, 1.0, 0, None)
@@ -53,6 +55,8 @@ def test_defaults():
         assert (request.min_p, request.presence_penalty, request.frequency_penalty) == (0.0, 0.0, 0.0)
         assert (request.repetition_penalty, request.logit_bias) == (1.0, ())
         assert (request.bad_words, request.stop_token_ids) == ((), ())
+        assert (request.n, request.priority, request.echo) == (1, 0, False)
+        assert (request.logprobs, request.prompt_logprobs) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,12 @@ def test_defaults():
         ("logit_bias", {str(i): 1 for i in range(1024)}, "logit_bias", tuple((i, 1.0) for i in range(1024))),
         ("bad_words", ["a", " b"], "bad_words", ("a", " b")),
         ("stop_token_ids", [2, 0], "stop_token_ids", (2, 0)),
+        ("n", 128, "n", 128),
+        ("best_of", 1, "n", 1),
+        ("prompt_logprobs", 0, "prompt_logprobs", 0),
+        ("prompt_logprobs", 20, "prompt_logprobs", 20),
+        ("priority", -(2**31), "priority", -(2**31)),
+        ("priority", 2**31 - 1, "priority", 2**31 - 1),
     ],
 )
 @pytest.mark.parametrize("kind", MINIMAL)
@@ -89,16 +99,33 @@ def test_supported_fields_arrive(kind, field, sent, name, kept):
     assert parse(kind, **{field: None}) == parse(kind)
 
 
-@pytest.mark.parametrize(("sent", "kept"), [("a", "a"), (["a"], "a"), ([1, 2], (1, 2)), ("", "")])
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ("a", ("a",)),
+        (["a"], ("a",)),
+        ([1, 2], ((1, 2),)),
+        ("", ("",)),
+        (["a", "", "b"], ("a", "", "b")),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+        ([[7]], ((7,),)),
+        (["a"] * 128, ("a",) * 128),
+    ],
+)
 def test_prompts(sent, kept):
-    assert parse("completion", prompt=sent).prompt == kept
+    assert parse("completion", prompt=sent).prompts == kept
 
 
 @pytest.mark.parametrize(
     ("sent", "says"),
     [
-        (["a", "b"], "a batch of 2, which is not supported yet"),
-        ([[1], [2]], "a batch of 2, which is not supported yet"),
+        (["a"] * 129, "a batch of 129; this server takes at most 128"),
+        (["a", [1]], "must be a string"),
+        ([[1], "a"], "must be a string"),
+        ([[1], []], "at least one token id in each list"),
+        ([[1], ["a"]], "must be a string"),
+        ([[1], [[1]]], "must be a string"),
+        ([[1], [-1]], "negative or over 32 bits"),
         ([], "at least one token id"),
         ([1, "a"], "must be a string"),
         ([True], "must be a string"),
@@ -184,6 +211,22 @@ def test_refused_prompts(sent, says):
         ("stop_token_ids", [True]),
         ("stop_token_ids", ["5"]),
         ("stop_token_ids", [1] * 129),
+        ("n", 0),
+        ("n", -1),
+        ("n", 1.5),
+        ("n", True),
+        ("n", "2"),
+        ("best_of", 0),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", True),
+        ("priority", 2**31),
+        ("priority", -(2**31) - 1),
+        ("priority", 0.5),
+        ("priority", "high"),
+        ("logprobs", 1.5),
+        ("logprobs", "2"),
+        ("logprobs", []),
     ],
 )
 def test_wrong_values_name_their_field(kind, field, value):
@@ -194,10 +237,68 @@ def test_wrong_values_name_their_field(kind, field, value):
 
 def test_fields_that_contradict_each_other():
     assert refusal("completion", min_tokens=17).param == "min_tokens"
+    assert refusal("chat", top_logprobs=2).param == "top_logprobs"
+    assert refusal("chat", top_logprobs=2, logprobs=False).param == "top_logprobs"
+    assert refusal("completion", max_tokens=0).param == "max_tokens"
+    for kind in MINIMAL:
+        assert refusal(kind, best_of=3).param == "best_of"
+        assert refusal(kind, best_of=1, n=3).param == "best_of"
+        assert parse(kind, best_of=3, n=3).n == 3
+        assert refusal(kind, prompt_logprobs=0, stream=True).param == "prompt_logprobs"
     assert refusal("completion", stream_options={"include_usage": True}).param == "stream_options"
     assert refusal("chat", max_tokens=1, max_completion_tokens=2).param == "max_tokens"
     assert parse("chat", max_tokens=2, max_completion_tokens=2).max_tokens == 2
     assert parse("chat", max_completion_tokens=2).max_tokens == 2
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_no_logprobs(value):
+    assert parse("completion", logprobs=value) == parse("completion")
+    assert parse("chat", logprobs=value, top_logprobs=0) == parse("chat")
+
+
+def test_logprobs_of_a_completion():
+    assert [parse("completion", logprobs=count).logprobs for count in (0, 5, 20)] == [0, 5, 20]
+    for wrong in (-1, 21, True):
+        error = refusal("completion", logprobs=wrong)
+        assert error.param == "logprobs"
+        assert str(error).startswith("logprobs must be a whole number from 0 to 20")
+    assert refusal("completion", top_logprobs=2).param == "top_logprobs"
+
+
+def test_logprobs_of_a_chat():
+    assert parse("chat", logprobs=True).logprobs == 0
+    assert parse("chat", logprobs=True, top_logprobs=20).logprobs == 20
+    assert str(refusal("chat", logprobs=5)).startswith("logprobs must be true or false")
+    for wrong in (-1, 21, True):
+        assert refusal("chat", logprobs=True, top_logprobs=wrong).param == "top_logprobs"
+
+
+def test_echo():
+    assert parse("completion", echo=True).echo
+    assert parse("completion", echo=True, max_tokens=0).max_tokens == 0
+    assert refusal("completion", echo="yes").param == "echo"
+    assert refusal("completion", echo=True, max_tokens=0, min_tokens=1).param == "min_tokens"
+    assert refusal("chat", echo=True).param == "echo"
+
+
+def test_how_many_answers_a_request_may_want():
+    limits = Limits(max_n=4, max_prompts=3, max_choices=8)
+
+    def param(**fields: Any) -> str | None:
+        body = json.dumps(MINIMAL["completion"] | fields).encode()
+        try:
+            parse_request("completion", body, limits)
+        except InvalidRequest as error:
+            assert "this server" in str(error)  # noqa: PT017
+            return error.param
+        return None
+
+    assert (param(n=4), param(n=5)) == (None, "n")
+    assert (param(prompt=["a"] * 3), param(prompt=["a"] * 4)) == (None, "prompt")
+    assert (param(prompt=["a"] * 2, n=4), param(prompt=["a"] * 3, n=3)) == (None, "n")
+    assert (refusal("completion", n=129).param, refusal("chat", n=129).param) == ("n", "n")
+    assert refusal("completion", prompt=["a"] * 100, n=3).param == "n"
 
 
 def test_stream_options():
@@ -241,7 +342,7 @@ def test_messages():
         {"role": "assistant", "content": "r", "refusal": None, "tool_calls": []},
     ]
     expected = (Message("developer", "d"), Message("user", "a\nb"), Message("assistant", "r"))
-    assert parse("chat", messages=sent).prompt == Conversation(expected)
+    assert parse("chat", messages=sent).prompts == (Conversation(expected),)
     assert refusal("chat", messages=[]).param == "messages"
     assert refusal("chat", messages="x").param == "messages"
 
@@ -260,18 +361,11 @@ def test_neutral_values_change_nothing(kind, name, value):
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        ("completion", "n", 2),
-        ("completion", "n", True),
         ("completion", "best_of", 3),
-        ("completion", "echo", True),
-        ("completion", "logprobs", 0),
         ("completion", "suffix", "x"),
         ("completion", "length_penalty", 0.5),
         ("completion", "allowed_token_ids", [1]),
-        ("completion", "prompt_logprobs", 1),
-        ("chat", "n", 0),
-        ("chat", "logprobs", True),
-        ("chat", "top_logprobs", 2),
+        ("chat", "echo", True),
         ("chat", "tools", [{"type": "function"}]),
         ("chat", "tool_choice", "required"),
         ("chat", "response_format", {"type": "json_object"}),
@@ -361,6 +455,8 @@ def test_any_object_is_a_request_or_a_refusal(kind, fields, whole):
         assert all(request.stop)
         assert all(abs(bias) <= 100 for _, bias in request.logit_bias)
         assert all(0 <= token < 2**32 for token in request.stop_token_ids)
+        assert 1 <= request.n * len(request.prompts) <= 256
+        assert request.logprobs is None or 0 <= request.logprobs <= 20
 
 
 @settings(max_examples=500, deadline=None)
@@ -379,7 +475,7 @@ def test_nothing_of_the_client_is_in_the_repr():
 def test_completion_answer():
     answer = Answer("completion", "demo", "r1", 123)
     usage = usage_of(5, 2, 3, {"reused": {"gpu": 3}})
-    assert json.loads(answer.whole("hi", [7], "stop", usage)) == {
+    assert json.loads(answer.whole([Part(0, "hi", (7,), "stop")], usage)) == {
         "id": "cmpl-r1",
         "object": "text_completion",
         "created": 123,
@@ -393,21 +489,20 @@ def test_completion_answer():
             "kvferry": {"reused": {"gpu": 3}},
         },
     }
-    assert answer.opening_chunk() is None
-    assert "kvferry" not in json.loads(answer.whole("hi", [7], "stop", usage_of(1, 1, 0)))["usage"]
+    assert "kvferry" not in json.loads(answer.whole([Part(0, "hi", (7,), "stop")], usage_of(1, 1, 0)))["usage"]
+    told = [json.loads(chunk)["choices"] for chunk in answer.chunks(Part(0, "hi", (7,), "stop"))]
+    assert [[(one["text"], one["finish_reason"]) for one in choices] for choices in told] == [
+        [("hi", None)],
+        [("", "stop")],
+    ]
 
 
 def test_chat_answer_and_stream():
     answer = Answer("chat", "demo", "r1", 123, include_usage=True)
-    whole = json.loads(answer.whole("hi", [7], "length", usage_of(5, 2, 0)))
+    whole = json.loads(answer.whole([Part(0, "hi", (7,), "length")], usage_of(5, 2, 0)))
     assert whole["object"] == "chat.completion"
     assert whole["choices"][0]["message"] == {"role": "assistant", "content": "hi", "refusal": None}
-    chunks = [
-        answer.opening_chunk(),
-        answer.text_chunk("a", [7]),
-        answer.last_chunk("stop"),
-        answer.usage_chunk(usage_of(5, 2, 0)),
-    ]
+    chunks = [*answer.chunks(Part(0, "a", (7,), "stop")), answer.usage_chunk(usage_of(5, 2, 0))]
     role, text, last, usage = map(json.loads, chunks)
     assert {chunk["id"] for chunk in (role, text, last, usage)} == {"chatcmpl-r1"}
     assert {chunk["object"] for chunk in (role, text, last, usage)} == {"chat.completion.chunk"}
@@ -417,27 +512,36 @@ def test_chat_answer_and_stream():
     assert [chunk["usage"] for chunk in (role, text, last)] == [None] * 3
     assert usage["choices"] == []
     assert usage["usage"]["total_tokens"] == 7
-    assert "usage" not in json.loads(Answer("chat", "demo", "r1", 123).text_chunk("a", [7]))
+    assert "usage" not in json.loads(Answer("chat", "demo", "r1", 123).chunks(Part(0, "a", (7,)))[-1])
 
 
 def test_token_ids_where_vllm_has_them():
     assert parse("completion").return_token_ids is False
     assert parse("completion", return_token_ids=True).return_token_ids is True
     usage = usage_of(2, 1, 0)
-    completion = Answer("completion", "demo", "r1", 123, prompt_token_ids=[5, 6])
-    (choice,) = json.loads(completion.whole("hi", [7], "stop", usage))["choices"]
-    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([5, 6], [7])
-    (choice,) = json.loads(completion.opening_chunk())["choices"]
-    assert (choice["prompt_token_ids"], choice["token_ids"], choice["text"]) == ([5, 6], [], "")
-    chat = Answer("chat", "demo", "r1", 123, prompt_token_ids=[5, 6])
-    for body in (chat.whole("hi", [7], "stop", usage), chat.opening_chunk()):
-        assert json.loads(body)["prompt_token_ids"] == [5, 6]
-    assert json.loads(chat.whole("hi", [7], "stop", usage))["choices"][0]["token_ids"] == [7]
-    for answer in (completion, chat):
-        (choice,) = json.loads(answer.text_chunk("", [7]))["choices"]
-        assert choice["token_ids"] == [7]
-        assert json.loads(answer.last_chunk("stop"))["choices"][0]["token_ids"] == []
-    assert Answer("completion", "demo", "r1", 123).text_chunk("", [7]) is None
+    said = [Part(0, "hi", (7,), "stop"), Part(1, "ho", (8,), "stop")]
+
+    def answer(kind: str) -> Answer:
+        return Answer(kind, "demo", "r1", 123, prompt_token_ids=[[5, 6]], n=2)
+
+    choices = json.loads(answer("completion").whole(said, usage))["choices"]
+    assert [(one["prompt_token_ids"], one["token_ids"]) for one in choices] == [([5, 6], [7]), ([5, 6], [8])]
+    opening, new, last = (json.loads(c)["choices"][0] for c in answer("completion").chunks(said[1]))
+    assert (opening["prompt_token_ids"], opening["token_ids"], opening["text"]) == ([5, 6], [], "")
+    assert (new["token_ids"], last["token_ids"]) == ([8], [])
+    chat = json.loads(answer("chat").whole(said, usage))
+    assert (chat["prompt_token_ids"], [one["token_ids"] for one in chat["choices"]]) == ([5, 6], [[7], [8]])
+    streamed = answer("chat")
+    opening, new, last = (json.loads(chunk) for chunk in streamed.chunks(said[0]))
+    assert opening["prompt_token_ids"] == [5, 6]
+    assert [one["choices"][0]["token_ids"] for one in (opening, new, last)] == [[], [7], []]
+    assert "prompt_token_ids" not in json.loads(streamed.chunks(said[1])[0])
+    for kind in MINIMAL:
+        streamed = answer(kind)
+        streamed.chunks(said[0])
+        (new,) = streamed.chunks(Part(0, "", (9,)))
+        assert json.loads(new)["choices"][0]["token_ids"] == [9], "its text is held back, its id is not"
+    assert Answer("completion", "demo", "r1", 123).chunks(Part(0, "", (7,))) == []
 
 
 def test_error_bodies():

@@ -1,0 +1,122 @@
+"""From a job's tokens to what its choices say: text as it becomes certain, log probabilities with their tokens."""
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from kvferry.common.sampling import TokenLogprobs
+from kvferry.router.accounting import Record
+from kvferry.router.flow import Flow, Job, Progress
+from kvferry.router.handover import Piece
+from kvferry.router.logprobs import Offsets, Told
+from kvferry.router.openai import GenerationRequest
+from kvferry.router.text import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is new of the choice `index`. The text may lag behind its tokens; the last part, with the finish reason, has
+    the rest of it. `told`, where log probabilities were asked for, is of the new tokens, and of an echoed prompt's."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    told: tuple[Told, ...] = ()
+
+
+def joined(parts: Iterable[Part], choices: int) -> list[Part]:
+    """The parts of each choice as one. Every choice has a last part among them."""
+    whole: list[list[Part]] = [[] for _ in range(choices)]
+    for part in parts:
+        whole[part.index].append(part)
+    return [
+        Part(
+            index,
+            "".join([part.text for part in own]),
+            tuple(token for part in own for token in part.token_ids),
+            own[-1].finish_reason,
+            tuple(one for part in own for one in part.told),
+        )
+        for index, own in enumerate(whole)
+    ]
+
+
+class Choice:
+    """One answer as it is written."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, asked: GenerationRequest, offset: int):
+        """`offset`: how many characters of its text are before its first token."""
+        self._index = index
+        self._detokenizer = tokenizer.detokenizer(asked.stop)
+        self._offsets = Offsets(tokenizer, offset) if asked.logprobs is not None else None
+        self.begun = False
+
+    def take(self, piece: Piece) -> Part:
+        """What a piece adds. A stop string makes it the last."""
+        self.begun = True
+        told = self._offsets.tell(piece.token_ids, piece.logprobs) if self._offsets else ()
+        text, stopped = self._detokenizer.push(piece.token_ids)
+        if stopped:
+            return Part(self._index, text, piece.token_ids, "stop", told)
+        if piece.finish_reason:
+            text += self._detokenizer.finish()
+        return Part(self._index, text, piece.token_ids, piece.finish_reason, told)
+
+
+class Telling:
+    """One job's answers, for the request that it is part of.
+
+    `first`: the number that its first choice has in the request. `prompt_logprobs` is complete once there is a part.
+    """
+
+    def __init__(self, job: Job, record: Record, asked: GenerationRequest, first: int, tokenizer: Tokenizer):
+        self.job, self.record = job, record
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self._asked, self._first, self._tokenizer = asked, first, tokenizer
+        self._prompt = prompt_text(asked, job, first // asked.n, tokenizer) if asked.echo else ""
+
+    async def parts(self, flow: Flow) -> AsyncGenerator[Part, None]:
+        """Every choice's parts, each choice's in order. A stop string ends its choice, and the others go on."""
+        progress = Progress(self.job)
+        choices = [
+            Choice(self._first + choice, self._tokenizer, self._asked, len(self._prompt)) for choice in self.job.choices
+        ]
+        async with aclosing(flow.run(self.job, self.record, progress)) as pieces:
+            async for piece in pieces:
+                self.prompt_logprobs += piece.prompt_logprobs
+                if not piece.token_ids:
+                    continue
+                choice = choices[piece.choice]
+                if self._asked.echo and not choice.begun:
+                    yield self._echo(self._first + piece.choice)
+                part = choice.take(piece)
+                if self._asked.max_tokens == 0:  # the token was drawn for the prompt's sake alone
+                    part = Part(part.index, "", (), "length")
+                if part.finish_reason:
+                    progress.end(piece.choice)
+                self.record.output_tokens += len(part.token_ids)
+                yield part
+
+    def _echo(self, index: int) -> Part:
+        """The prompt, before a choice's own text."""
+        told: tuple[Told, ...] = ()
+        if self._asked.logprobs is not None:
+            told = Offsets(self._tokenizer).tell(self.job.token_ids, [None, *self.prompt_logprobs])
+        return Part(index, self._prompt, (), told=told)
+
+
+def prompt_text(asked: GenerationRequest, job: Job, number: int, tokenizer: Tokenizer) -> str:
+    """A prompt as the client wrote it; one of token ids, as it reads."""
+    prompt = asked.prompts[number]
+    return prompt if isinstance(prompt, str) else tokenizer.decode(job.token_ids)
+
+
+def tellings(
+    jobs: Sequence[Job], records: Sequence[Record], asked: GenerationRequest, tokenizer: Tokenizer
+) -> list[Telling]:
+    """One for each job. Choices are numbered as OpenAI does: the first prompt's, then the second's, and so on."""
+    return [
+        Telling(job, record, asked, number * asked.n, tokenizer)
+        for number, (job, record) in enumerate(zip(jobs, records, strict=True))
+    ]

@@ -1,0 +1,116 @@
+"""A JSON body into a Struct, field by field: what is unknown, neutral or wrong, each said in one sentence.
+
+Every refusal is an `InvalidRequest` that names the field in `param` and repeats no text of the client's other than
+field names.
+"""
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from kvferry.common.errors import InvalidRequest
+from kvferry.router.values import shown
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+MAX_NAME_SHOWN = 64
+ANYTHING = object()  # in a table of neutral values: any value is
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """NaN, Infinity, numbers out of range and unpaired surrogates are not JSON and refused here."""
+    try:
+        raw = msgspec.json.decode(body)
+    except UnicodeDecodeError:
+        raise InvalidRequest("the body is not UTF-8") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    except msgspec.MsgspecError as error:
+        detail = str(error).removeprefix("JSON is malformed: ").partition(" - at ")[0].lower()
+        raise InvalidRequest(f"the body is not valid JSON: {detail}") from None
+    if not isinstance(raw, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {shown(raw)}")
+    return raw
+
+
+def to_struct(fields: dict[str, Any], body: type[Body]) -> Body:
+    """`fields` as a `body`, each of the type and in the range that its annotation says."""
+    try:
+        return msgspec.convert(fields, body)
+    except msgspec.ValidationError as error:
+        raise _refusal(error, fields, body) from None
+
+
+def without_neutral(
+    raw: dict[str, Any], body: type, neutral: Mapping[str, tuple[Any, ...]], path: str = "", lenient: bool = False
+) -> dict[str, Any]:
+    """The supported fields of `raw`. Raises for a field that is unknown, or not neutral and not supported; `lenient`
+    leaves unknown ones to whoever finds the real fault."""
+    supported = {}
+    for name, value in raw.items():
+        if name in body.__struct_fields__:
+            supported[name] = value
+        elif name not in neutral:
+            if not lenient:
+                raise _unknown(name, path, [*body.__struct_fields__, *neutral])
+        elif not _is_neutral(value, neutral[name]):
+            only = f" or send {msgspec.json.encode(neutral[name][0]).decode()}" if neutral[name] else ""
+            raise InvalidRequest(f"{path}{name} is not supported yet; leave it out{only}", path + name)
+    return supported
+
+
+def _is_neutral(value: Any, accepted: tuple[Any, ...]) -> bool:
+    return value is None or any(
+        one is ANYTHING or (value == one and isinstance(value, bool) == isinstance(one, bool)) for one in accepted
+    )
+
+
+def _unknown(name: str, path: str, known: list[str]) -> InvalidRequest:
+    shown = name if len(name) <= MAX_NAME_SHOWN else name[:MAX_NAME_SHOWN] + "..."
+    near = get_close_matches(name[:MAX_NAME_SHOWN], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return InvalidRequest(f"{path + shown!r} is not a field of this request{hint}", path + shown)
+
+
+def _refusal(error: msgspec.ValidationError, raw: dict[str, Any], body: type) -> InvalidRequest:
+    """msgspec's complaint (`Expected ... - at `$.messages[0].role``) as a sentence of ours."""
+    text, _, at = str(error).partition(" - at `$")
+    path = at.rstrip("`").lstrip(".")
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", text):
+        param = f"{path}.{missing[1]}".lstrip(".")
+        return InvalidRequest(f"{param} is missing; it must be {_expected(body, param)}", param)
+    value: Any = raw
+    for step in re.findall(r"\w+", path):
+        value = value[int(step)] if isinstance(value, list) else value[step]
+    return InvalidRequest(f"{path} must be {_expected(body, path)}, not {shown(value)}", path)
+
+
+def _expected(body: type, path: str) -> str:
+    """The nearest description on the way to a field."""
+    found = "what the API describes"
+    for name in re.findall(r"[A-Za-z_]+", path):
+        found, inner = _descriptions(body)[name]
+        body = inner or body
+    return "an object" if path.endswith("]") else found
+
+
+@cache
+def _descriptions(body: type) -> dict[str, tuple[str, type | None]]:
+    """For each field its description, and the Struct inside if there is one."""
+
+    def walk(hint: Any) -> tuple[str, type | None]:
+        described, inner = "", hint if isinstance(hint, type) and issubclass(hint, msgspec.Struct) else None
+        for part in get_args(hint):
+            if isinstance(part, Meta):
+                described = part.description or described
+            else:
+                deeper, struct = walk(part)
+                described, inner = described or deeper, inner or struct
+        return described, inner
+
+    return {name: walk(hint) for name, hint in get_type_hints(body, include_extras=True).items()}

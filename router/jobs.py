@@ -1,0 +1,75 @@
+"""A request's prompts made into jobs: tokenised, checked against the model that is up, and nothing left open."""
+
+import secrets
+
+from kvferry.common.errors import InvalidRequest
+from kvferry.common.hashing import TenantKeys
+from kvferry.common.sampling import SamplingParams
+from kvferry.router.flow import Job
+from kvferry.router.nodes import ServedModel
+from kvferry.router.openai import GenerationRequest
+from kvferry.router.text import Tokenizer, check_token_ids
+
+
+async def jobs_of(
+    asked: GenerationRequest, keys: TenantKeys, request_id: str, tokenizer: Tokenizer, model: ServedModel, pool: int
+) -> list[Job]:
+    """One job a prompt, each of all its choices. `pool`: how many tokens the largest page pool holds. Raises
+    InvalidRequest."""
+    bad_words = await tokenizer.bad_words(asked.bad_words)
+    jobs = []
+    for number, prompt in enumerate(asked.prompts):
+        tokens = await tokenizer.encode(prompt)
+        check_token_ids(tokens, model.vocab_size)
+        params = _params(asked, _max_tokens(asked, len(tokens), model, pool), bad_words)
+        own_id = request_id if len(asked.prompts) == 1 else f"{request_id}-{number}"
+        jobs.append(Job(own_id, keys, asked.cache_salt, tokens, params, asked.priority))
+    return jobs
+
+
+def _max_tokens(asked: GenerationRequest, prompt: int, model: ServedModel, pool: int) -> int:
+    """How many tokens to generate for a prompt of so many. Where only the prompt is asked about it is one, not sent."""
+    room = model.max_model_len - prompt
+    if room < 1:
+        raise InvalidRequest(
+            f"the prompt has {prompt} tokens; this model takes up to {model.max_model_len - 1}, with one to generate",
+            "prompt" if asked.kind == "completion" else "messages",
+        )
+    if asked.max_tokens is None:
+        return max(1, min(room, pool - prompt))
+    if asked.max_tokens > room:
+        raise InvalidRequest(
+            f"{prompt} prompt tokens and max_tokens {asked.max_tokens} exceed the model's {model.max_model_len}; ask "
+            f"for at most {room}",
+            "max_tokens",
+        )
+    return max(1, asked.max_tokens)
+
+
+def _params(asked: GenerationRequest, max_tokens: int, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        logit_bias=asked.logit_bias,
+        bad_words=bad_words,
+        stop_token_ids=asked.stop_token_ids,
+        seed=asked.seed if asked.seed is not None else secrets.randbits(64),  # prompts that are equal get other answers
+        n=asked.n,
+        min_tokens=min(asked.min_tokens, max_tokens),
+        ignore_eos=asked.ignore_eos,
+        logprobs=asked.logprobs,
+        prompt_logprobs=_prompt_logprobs(asked),
+    )
+
+
+def _prompt_logprobs(asked: GenerationRequest) -> int | None:
+    """How many of the likeliest tokens are wanted beside each of the prompt's, by either way of asking for them."""
+    echoed = asked.logprobs if asked.echo else None
+    wanted = [count for count in (asked.prompt_logprobs, echoed) if count is not None]
+    return max(wanted, default=None)
