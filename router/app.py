@@ -216,7 +216,8 @@ class Front:
         model = await self._flow.ready_model(self._config.node_wait_s)
         pools = [node.status.total_blocks for node in least_loaded(self._nodes.decode)]
         keys = self._tenants.keys_of(tenant)
-        return await jobs_of(asked, keys, request_id, self._tokenizer, model, max(pools) * model.layout.block_size)
+        largest = max(pools) * model.layout.block_size
+        return await jobs_of(asked, self._limits, keys, request_id, self._tokenizer, model, largest)
 
     def _answer(self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling]) -> Answer:
         shape = None

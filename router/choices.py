@@ -74,6 +74,7 @@ class Telling:
         self.job, self.record = job, record
         self.prompt_logprobs: list[TokenLogprobs] = []
         self._asked, self._first, self._tokenizer = asked, first, tokenizer
+        self._prompt_told: tuple[Told, ...] = ()
         self._prompt = prompt_text(asked, job, first // asked.n, tokenizer) if asked.echo else ""
 
     async def parts(self, flow: Flow) -> AsyncGenerator[Part, None]:
@@ -100,10 +101,9 @@ class Telling:
 
     def _echo(self, index: int) -> Part:
         """The prompt, before a choice's own text."""
-        told: tuple[Told, ...] = ()
-        if self._asked.logprobs is not None:
-            told = Offsets(self._tokenizer).tell(self.job.token_ids, [None, *self.prompt_logprobs])
-        return Part(index, self._prompt, (), told=told)
+        if self._asked.logprobs is not None and not self._prompt_told:
+            self._prompt_told = Offsets(self._tokenizer).tell(self.job.token_ids, [None, *self.prompt_logprobs])
+        return Part(index, self._prompt, (), told=self._prompt_told)
 
 
 def prompt_text(asked: GenerationRequest, job: Job, number: int, tokenizer: Tokenizer) -> str:

@@ -6,13 +6,20 @@ from kvferry.common.errors import InvalidRequest
 from kvferry.common.hashing import TenantKeys
 from kvferry.common.sampling import SamplingParams
 from kvferry.router.flow import Job
+from kvferry.router.limits import Limits
 from kvferry.router.nodes import ServedModel
 from kvferry.router.openai import GenerationRequest
 from kvferry.router.text import Tokenizer, check_token_ids
 
 
 async def jobs_of(
-    asked: GenerationRequest, keys: TenantKeys, request_id: str, tokenizer: Tokenizer, model: ServedModel, pool: int
+    asked: GenerationRequest,
+    limits: Limits,
+    keys: TenantKeys,
+    request_id: str,
+    tokenizer: Tokenizer,
+    model: ServedModel,
+    pool: int,
 ) -> list[Job]:
     """One job a prompt, each of all its choices. `pool`: how many tokens the largest page pool holds. Raises
     InvalidRequest."""
@@ -24,7 +31,20 @@ async def jobs_of(
         params = _params(asked, _max_tokens(asked, len(tokens), model, pool), bad_words)
         own_id = request_id if len(asked.prompts) == 1 else f"{request_id}-{number}"
         jobs.append(Job(own_id, keys, asked.cache_salt, tokens, params, asked.priority))
+    _check_told(asked, sum(len(job.token_ids) for job in jobs), limits)
     return jobs
+
+
+def _check_told(asked: GenerationRequest, prompt_tokens: int, limits: Limits) -> None:
+    """Raise InvalidRequest if more is to be told of all prompts than one answer may have."""
+    top = _prompt_logprobs(asked)
+    if top is not None and prompt_tokens * (1 + top) * asked.n > limits.max_told:
+        field = "logprobs" if asked.prompt_logprobs is None else "prompt_logprobs"
+        raise InvalidRequest(
+            f"{field} asks for {1 + top} log probabilities of each of {prompt_tokens} prompt tokens, in {asked.n} "
+            f"answers; this server tells up to {limits.max_told} of prompts, so ask for fewer of them",
+            field,
+        )
 
 
 def _max_tokens(asked: GenerationRequest, prompt: int, model: ServedModel, pool: int) -> int:

@@ -1,70 +1,30 @@
-"""Tokens by themselves, and what is told of them: as OpenAI's and vLLM's clients read it."""
+"""What is told of tokens, as OpenAI's and vLLM's clients read it."""
 
 import json
-from itertools import pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from router.test_text import BYTES, FALLBACK, KINDS
 
+from kvferry.cli.demo_model import byte_tokenizer
 from kvferry.common.sampling import TokenLogprobs
 from kvferry.router.answers import Answer, usage_of
 from kvferry.router.choices import Choice, Part, joined
 from kvferry.router.handover import Piece
 from kvferry.router.logprobs import Offsets, Told, chat_logprobs, completion_logprobs, prompt_logprobs
 from kvferry.router.openai import GenerationRequest
+from kvferry.router.text import Tokenizer
 
+BYTES = Tokenizer(byte_tokenizer())
 EURO = "\u20ac".encode()
 NONE = float("-inf")
 
 
-def told_of(token_ids, tokenizer=BYTES, start=0) -> tuple[Told, ...]:
+def told_of(token_ids, start=0) -> tuple[Told, ...]:
     """Each token with two likelier ones, 65 and itself."""
     logprobs = [TokenLogprobs(-1.5, 1, ((65, -0.25), (token, -1.5), (66, -3.0))) for token in token_ids]
-    return Offsets(tokenizer, start).tell(token_ids, logprobs)
-
-
-def test_tokens_that_are_no_whole_character():
-    assert [BYTES.token(byte).data for byte in EURO] == [EURO[:1], EURO[1:2], EURO[2:]]
-    assert BYTES.token(EURO[0]).name == "\\xe2"
-    assert (BYTES.token(0x41).name, BYTES.token(0x41).data) == ("A", b"A")
-    assert (BYTES.token(0x20).name, BYTES.token(0x0A).name) == (" ", "\n")
-    byte = FALLBACK._tokenizer.convert_tokens_to_ids("<0xE2>")
-    assert (FALLBACK.token(byte).name, FALLBACK.token(byte).data) == ("\\xe2", b"\xe2")
-
-
-def test_a_space_that_a_token_begins_with_is_part_of_it():
-    ids = FALLBACK._tokenizer.convert_tokens_to_ids
-    assert FALLBACK.token(ids("\u2581he")).data == b" he"
-    assert FALLBACK.token(ids("he")).data == b"he"
-    assert FALLBACK.leading_space(ids("\u2581he"))
-    assert not FALLBACK.leading_space(ids("he"))
-    assert not BYTES.leading_space(0x20), "this decoder takes nothing away"
-
-
-def test_special_and_unknown_tokens_have_names():
-    assert (BYTES.token(257).name, BYTES.token(257).shown) == ("<|eos|>", False)
-    assert BYTES.token(257).data == b"<|eos|>"
-    unknown = BYTES.token(900)
-    assert (unknown.name, unknown.data, unknown.shown) == ("token_id:900", None, False)
-
-
-@pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(st.sampled_from("abc he\u00e9\u20ac\U0001f600")))
-def test_offsets_are_where_the_tokens_are_in_the_text(tokenizer, text):
-    token_ids = tokenizer.encode_now(text)
-    whole, told = tokenizer.decode(token_ids), told_of(token_ids, tokenizer)
-    shown = [one for one in told if tokenizer.token(one.token_id).shown]
-    for one, after in pairwise([*shown, Told(0, None, len(whole))]):
-        piece = whole[one.offset : after.offset]
-        data = tokenizer.token(one.token_id).data
-        if piece:
-            assert data.decode(errors="ignore").lstrip(" ") in (piece.lstrip(" "), "")
-    assert "".join(whole[a.offset : b.offset] for a, b in pairwise([*told, Told(0, None, len(whole))])) == whole
+    return Offsets(BYTES, start).tell(token_ids, logprobs)
 
 
 def test_a_completion_has_openais_lists():

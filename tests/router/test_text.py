@@ -1,6 +1,7 @@
-"""Detokenising and stop strings: whatever the chunks, the pieces add up to the whole."""
+"""Detokenising and stop strings: whatever the chunks, the pieces add up to the whole. Tokens by themselves."""
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from kvferry.cli.demo_model import byte_tokenizer
 from kvferry.common.errors import ConfigError, InvalidRequest
 from kvferry.router.detokenize import MAX_WINDOW, StopScanner
+from kvferry.router.logprobs import Offsets, Told
 from kvferry.router.openai import Conversation, Message
 from kvferry.router.text import Tokenizer, check_token_ids, load_tokenizer
 
@@ -139,6 +141,47 @@ def test_stop_strings_through_tokens(data):
 
 def test_special_tokens_are_not_shown():
     assert run(BYTES.detokenizer(), [[256, 0x61, 260], [257, 0x62, 299]]) == "ab"
+
+
+def test_tokens_that_are_no_whole_character():
+    euro = "\u20ac".encode()
+    assert [BYTES.token(byte).data for byte in euro] == [euro[:1], euro[1:2], euro[2:]]
+    assert BYTES.token(0xE2).name == "\\xe2"
+    assert (BYTES.token(0x41).name, BYTES.token(0x41).data) == ("A", b"A")
+    assert (BYTES.token(0x20).name, BYTES.token(0x0A).name) == (" ", "\n")
+    byte = FALLBACK._tokenizer.convert_tokens_to_ids("<0xE2>")
+    assert (FALLBACK.token(byte).name, FALLBACK.token(byte).data) == ("\\xe2", b"\xe2")
+
+
+def test_a_space_that_a_token_begins_with_is_part_of_it():
+    ids = FALLBACK._tokenizer.convert_tokens_to_ids
+    assert FALLBACK.token(ids("\u2581he")).data == b" he"
+    assert FALLBACK.token(ids("he")).data == b"he"
+    assert FALLBACK.leading_space(ids("\u2581he"))
+    assert not FALLBACK.leading_space(ids("he"))
+    assert not BYTES.leading_space(0x20), "this decoder takes nothing away"
+
+
+def test_special_and_unknown_tokens_have_names():
+    assert (BYTES.token(257).name, BYTES.token(257).shown) == ("<|eos|>", False)
+    assert BYTES.token(257).data == b"<|eos|>"
+    unknown = BYTES.token(900)
+    assert (unknown.name, unknown.data, unknown.shown) == ("token_id:900", None, False)
+
+
+@pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("abc he\u00e9\u20ac\U0001f600")))
+def test_offsets_are_where_the_tokens_are_in_the_text(tokenizer, text):
+    token_ids = tokenizer.encode_now(text)
+    whole, told = tokenizer.decode(token_ids), Offsets(tokenizer).tell(token_ids, [None] * len(token_ids))
+    shown = [one for one in told if tokenizer.token(one.token_id).shown]
+    for one, after in pairwise([*shown, Told(0, None, len(whole))]):
+        piece = whole[one.offset : after.offset]
+        data = tokenizer.token(one.token_id).data
+        if piece:
+            assert data.decode(errors="ignore").lstrip(" ") in (piece.lstrip(" "), "")
+    assert "".join(whole[a.offset : b.offset] for a, b in pairwise([*told, Told(0, None, len(whole))])) == whole
 
 
 def test_chat_template_and_developer_role():
