@@ -58,6 +58,10 @@ class ConfigError(KvferryError):
     """A flag, file or environment value is wrong. Ends the process before it starts to serve."""
 
 
+class NotANumber(KvferryError):
+    """The model gave logits that are not numbers. Trying again gives the same."""
+
+
 class Internal(KvferryError):
     """We failed. The request may be tried again; the log has the cause."""
 
@@ -84,7 +88,8 @@ OUTCOMES: dict[type[KvferryError], Outcome] = {
     Unavailable: Outcome(503, "UNAVAILABLE", "server_error", "unavailable", retry_after_s=2),
     DeadlineExceeded: Outcome(504, "DEADLINE_EXCEEDED", "server_error", "timeout"),
     IncompatibleNode: Outcome(500, "FAILED_PRECONDITION", "server_error", "incompatible_node"),
-    ConfigError: Outcome(500, "DATA_LOSS", "server_error", "configuration"),
+    ConfigError: Outcome(500, "ALREADY_EXISTS", "server_error", "configuration"),
+    NotANumber: Outcome(500, "DATA_LOSS", "server_error", "not_a_number"),
     Internal: Outcome(500, "INTERNAL", "server_error", "internal_error"),
 }
 

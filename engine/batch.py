@@ -1,7 +1,7 @@
 """What crosses from the scheduler to the runner: plain data, no queues, and nothing that a step in flight could see
 change."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +73,10 @@ class StepPlan:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step gave: for each draw a token, and what is told of it where that was asked for (`logprobs` is None when
-    nobody asked); for each score, what is told of its tokens."""
+    nobody asked); for each score, what is told of its tokens. What stands there for `failed_rows`, whose logits are not
+    numbers, means nothing."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: Sequence[list[TokenLogprobs]] = ()
+    failed_rows: Collection[int] = ()

@@ -8,6 +8,7 @@ from kvferry.common.sampling import SamplingParams
 UNIT = (0.0, 1.0)
 ANY = (-math.inf, math.inf)
 POSITIVE = (math.ulp(0.0), math.inf)
+WEIGHTS = (1e-3, 1e3)
 RANGES = {
     "temperature": (0.0, math.inf),
     "top_p": UNIT,
@@ -19,9 +20,16 @@ RANGES = {
 
 
 def check_request(
-    token_ids: list[int], prompt_len: int, params: SamplingParams, weight: float, vocab: int, longest: int
+    token_ids: list[int],
+    prompt_len: int,
+    params: SamplingParams,
+    weight: float,
+    vocab: int,
+    longest: int,
+    max_num_seqs: int,
 ) -> None:
-    """Raises InvalidRequest with one sentence. `longest` is the model's length, prompt and answer together."""
+    """Raises InvalidRequest with one sentence. `weight` is the tenant's share; `longest` is the model's length, prompt
+    and answer together."""
     if not token_ids:
         raise InvalidRequest("the prompt is empty; send at least one token", "prompt")
     if not 0 < prompt_len <= len(token_ids):
@@ -39,12 +47,14 @@ def check_request(
             raise InvalidRequest(f"a token id of {field} is outside the model's vocabulary of {vocab}", field)
     values = [(field, getattr(params, field), *bounds) for field, bounds in RANGES.items()]
     values += [("logit_bias", bias, *ANY) for _, bias in params.logit_bias]
-    values.append(("weight", weight, *POSITIVE))
+    values.append(("weight", weight, *WEIGHTS))
     for field, value, least, most in values:
         if not (least <= value <= most and math.isfinite(value)):
             raise InvalidRequest(f"{field} is {value}, which cannot be", field)
     for field in ("logprobs", "prompt_logprobs"):
         if not 0 <= (getattr(params, field) or 0) <= vocab:
             raise InvalidRequest(f"{field} asks for more tokens than the model's vocabulary of {vocab} has", field)
-    if params.n < 1 or not all(params.bad_words):
-        raise InvalidRequest("n must be at least 1, and a bad word must have a token", "n")
+    if not 1 <= params.n <= max_num_seqs:
+        raise InvalidRequest(f"n is {params.n}; this node runs 1 to {max_num_seqs} at once", "n")
+    if not all(params.bad_words):
+        raise InvalidRequest("a bad word must have a token", "bad_words")

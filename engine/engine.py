@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from kvferry.common.config import EngineConfig
-from kvferry.common.errors import ConfigError, Internal, KvferryError, Unavailable
+from kvferry.common.errors import ConfigError, Internal, KvferryError, NotANumber, Overloaded, Unavailable
 from kvferry.common.hashing import CacheScope
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Outcome, StepPlan
@@ -74,8 +74,8 @@ class Engine:
         weight: float = 1.0,
     ) -> Sequence:
         """A sequence that this engine can generate from. Raises InvalidRequest with one sentence for what cannot be."""
-        longest = self.model.max_model_len
-        check_request(token_ids, prompt_len, params, weight, self.model.vocab_size, longest)
+        vocab, longest = self.model.vocab_size, self.model.max_model_len
+        check_request(token_ids, prompt_len, params, weight, vocab, longest, self.scheduler.max_num_seqs)
         ends = () if params.ignore_eos else self.model.eos_token_ids
         first_id, self._next_id = self._next_id, self._next_id + params.n
         return Sequence(
@@ -102,7 +102,8 @@ class Engine:
         if self._stopping:
             raise Unavailable("this node is shutting down")
         seq.sink = sink
-        self.scheduler.add(seq)
+        if (displaced := self.scheduler.add(seq)) is not None:
+            self._end(displaced, Overloaded("this tenant's line was the longest when it was full; try again later"))
         calls = self._calls[seq.group] = asyncio.Queue()
         try:
             self._admit()
@@ -164,15 +165,21 @@ class Engine:
 
     def _take_in(self, outcome: Outcome) -> None:
         """Tell the streams what a step did; those whose last sequence has come to its end are over."""
+        for seq in self.scheduler.in_rows(outcome.failed_rows):
+            self._end(seq, NotANumber("the model's logits are not numbers: it overflows in this dtype, or is broken"))
         for seq in self.scheduler.finish_step(outcome):
             self.scheduler.withdraw(seq)
             if not self.scheduler.members(seq.group):
-                self._calls[seq.group].put_nowait(None)
+                self._end(seq, None)
 
     def _fail(self) -> None:
         for seq in self.scheduler.abandon_step():
-            cause = Internal("the model failed on this request; the node's log has the cause")
-            self._calls[seq.group].put_nowait(cause)
+            self._end(seq, Internal("the model failed on this request; the node's log has the cause"))
+
+    def _end(self, seq: Sequence, cause: KvferryError | None) -> None:
+        """End the stream of a sequence, unless it has gone already."""
+        if (calls := self._calls.get(seq.group)) is not None:
+            calls.put_nowait(cause)
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:
         """Keep the rate of steps that are mostly prefill; what placement reckons with."""

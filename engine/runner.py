@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from kvferry.common.errors import Internal
 from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.inputs import lay_out
 from kvferry.engine.loading.model import LoadedModel
@@ -49,14 +48,18 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Outcome:
-        """What each draw chose, what each score tells. Raises Internal when the model gives NaN."""
+        """What each draw chose, what each score tells, and which rows failed because the model gave NaN."""
         logits = self.logits(plan)
-        if logits.amax(dim=1).isnan().any():  # a maximum over NaN is NaN
-            raise Internal("the model's logits are not numbers: it overflows in this dtype, or its weights are broken")
+        broken = logits.amax(dim=1).isnan()  # a maximum over NaN is NaN
+        failed_rows: set[int] = set()
+        if broken.any():
+            rows = [*plan.draw_rows.tolist(), *(score.row for score in plan.scores for _ in score.token_ids)]
+            failed_rows = {row for row, bad in zip(rows, broken.tolist(), strict=True) if bad}
+            logits = logits.masked_fill(broken[:, None], 0.0)  # so that the others' tokens can be chosen
         drawn = self._sampler.sample(logits[: len(plan.draws)], plan.draws)
         told, at = [], len(plan.draws)
         for score in plan.scores:
             rows = logits[at : at + len(score.token_ids)]
             told.append(self._sampler.score(rows, score.token_ids, score.top))
             at += len(rows)
-        return Outcome(drawn.tokens, drawn.logprobs, told)
+        return Outcome(drawn.tokens, drawn.logprobs, told, failed_rows)

@@ -13,7 +13,7 @@ class MemoryStore:
     """Implements `BlockStore`.
 
     Faults: `evict` a name; `bad` names fail verification and are quarantined; while `torn` is set, pulls give rubbish
-    and their release says False; `publishing` and `releasing`, while cleared, hold up those calls.
+    and their release says False; `publishing`, `pulling` and `releasing`, while cleared, hold up those calls.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,9 @@ class MemoryStore:
         self.quarantined: set[BlockName] = set()
         self.torn = False
         self.publishing, self.releasing = asyncio.Event(), asyncio.Event()
+        self.pulling = asyncio.Event()
         self.publishing.set()
+        self.pulling.set()
         self.releasing.set()
         self.calls: Counter[str] = Counter()
         self.waiters = 0
@@ -99,7 +101,7 @@ class MemoryStore:
 
     async def pull(self, match: Match, into: Sequence[memoryview]) -> int:
         self.calls["pull"] += 1
-        await asyncio.sleep(0)
+        await self.pulling.wait()
         for good, (block, target) in enumerate(zip(match.blocks, into, strict=False)):
             if block.name in self.bad:
                 target[:] = b"\x7f" * len(target)

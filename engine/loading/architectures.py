@@ -66,6 +66,9 @@ def architecture(hf_config: PreTrainedConfig) -> str:
 def reasons_against(name: str, hf_config: PreTrainedConfig, max_model_len: int | None) -> Iterator[str]:
     if name in REFUSED:
         yield REFUSED[name]
+    if quantized := getattr(hf_config, "quantization_config", None):
+        method = quantized.get("quant_method", "") if isinstance(quantized, dict) else str(quantized)
+        yield f"its weights are quantized ({method or 'somehow'}); only float32, bfloat16 and float16 ones are read"
     if hf_config.is_encoder_decoder:
         yield "it is an encoder and a decoder, and only decoders are served"
     if any(hasattr(hf_config, part) for part in ("text_config", "vision_config", "audio_config")):

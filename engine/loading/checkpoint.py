@@ -34,7 +34,8 @@ def find_folder(model: str, revision: str | None) -> Path:
             raise ConfigError(f"--revision {revision} is for models of the hub, and {model} is a folder")
         return path
     at = "" if revision is None else f" at revision {revision}"
-    with told_as(f"{model!r} is neither a folder nor a model that the hub gives{at}"):
+    where = "of the hub's cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "that the hub gives"
+    with told_as(f"{model!r}{at} is neither a folder nor a model {where}"):
         folder = snapshot_download(
             model,
             revision=revision,

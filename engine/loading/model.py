@@ -96,6 +96,8 @@ def read_weights(folder: Path, name: str, dtype: torch.dtype, progress: Progress
         )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning("%s holds %d tensors that its config has no use for, such as %s", folder, len(unused), unused[0])
     return module
 
 

@@ -52,7 +52,7 @@ class Sampler:
         if self._ready is None or not self._ready.is_for(draws, logits):
             self._ready = make_ready(draws, logits, self._ready)
         ready = self._ready
-        best = logits.argmax(dim=1) if ready.plain or not draws else logits.new_empty(len(draws), dtype=torch.int64)
+        best = argmax(logits) if ready.plain or not draws else logits.new_empty(len(draws), dtype=torch.int64)
         edits = edits_of(ready.edited, ready.fixed, ready.vocab) if ready.edited else None
         for group in ready.groups:
             keys = None if group.way is Way.GREEDY else group.keys()
@@ -62,7 +62,7 @@ class Sampler:
                 if edits is not None and group.edited is not None:
                     edits.apply(block, group.edited + start)
                 if keys is None:
-                    best[rows] = block.argmax(dim=1)
+                    best[rows] = argmax(block)
                 else:
                     best[rows] = self._draw(block, group, start, keys.rows(start, stop))
         tokens = best.tolist()
@@ -95,6 +95,14 @@ class Sampler:
         if len(self._buffers) < needed or self._buffers.device != scores.device:
             self._buffers = torch.empty(needed, dtype=torch.int64, device=scores.device)
         return self._buffers
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """int64 `[R]`: the first of the largest of each row, `logits[R, vocab]` being without NaN. On a CPU NumPy finds it,
+    whose search is vectorised."""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=1)
+    return torch.from_numpy(logits.float().numpy().argmax(axis=1))
 
 
 def _told(logits: torch.Tensor, tokens: list[int], ready: Ready) -> list[TokenLogprobs | None]:

@@ -24,6 +24,7 @@ class BlockTables:
 
     def open(self, seq: Sequence, reused: list[int]) -> None:
         """Give a sequence these blocks and fresh ones for the rest of its tokens and one more. There must be enough."""
+        seq.borrowed = sum(self._pool.holders(block) > 0 for block in reused)
         self._pool.hold(reused)
         fresh = self._pool.allocate(seq.blocks_needed - len(reused))
         if fresh is None:
@@ -36,6 +37,7 @@ class BlockTables:
         seq.shares_tail = seq.num_computed % seq.block_size > 0
         for branch in branches:
             branch.shares_tail = seq.shares_tail
+            branch.borrowed = len(branch.block_table)
             self._pool.hold(branch.block_table)
             self._take_row(branch)
 
@@ -59,6 +61,7 @@ class BlockTables:
             seq.block_table[index] = own[0]
             self._put(seq.table_row, index, own)
             self._left[shared] += 1
+            seq.borrowed = min(seq.borrowed, index)
             self._copies[seq.id] = (shared, own[0])
         seq.shares_tail = False
         return True
@@ -69,7 +72,7 @@ class BlockTables:
         self._copies.pop(seq.id, None)
         if seq.table_row >= 0:
             self._free_rows.append(seq.table_row)
-        seq.block_table, seq.table_row, seq.shares_tail = [], -1, False
+        seq.block_table, seq.table_row, seq.shares_tail, seq.borrowed = [], -1, False, 0
 
     def copies(self) -> np.ndarray:
         """The (from, to) copies that the step to come has to make first, int64 `[C, 2]`."""

@@ -1,13 +1,14 @@
 """Which tenant is served next: the one that has had the fewest tokens for its weight.
 
 After the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): a tenant's
-counter grows by the tokens computed for it over its weight, and one that has been idle begins at the least counter of
-those who are busy, so that nobody saves up. Within a tenant the lower priority number goes first, then the older.
+counter grows by the tokens computed for it over its weight, and one that begins to wait is lifted to the least counter
+of those who wait, so that nobody saves up. Within a tenant the lower priority number goes first, then the older.
 """
 
+import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter
 
 from kvferry.engine.sequence import Sequence, Status
@@ -21,6 +22,7 @@ class Tenant:
     def __init__(self, served: float):
         self.weight = 1.0
         self.served = served  # tokens computed, over the weight
+        self.last_turn = 0  # the sequence that was the last to get tokens, where there were not enough for all
         self.waiting: list[Sequence] = []
         self.active: dict[int, Sequence] = {}
 
@@ -48,30 +50,36 @@ class Tenants:
     def num_waiting(self) -> int:
         return sum(len(tenant.waiting) for tenant in self._tenants.values())
 
+    def get(self, name: str) -> Tenant | None:
+        return self._tenants.get(name)
+
     def enqueue(self, seq: Sequence) -> None:
         """Put a sequence in its tenant's line."""
         tenant = self._tenants.get(seq.tenant)
-        if tenant is None or not (tenant.waiting or tenant.active):
-            tenant = self._wake(seq.tenant)
+        if tenant is None or not tenant.waiting:
+            tenant = self._begin_line(seq.tenant)
         tenant.weight = seq.weight
         insort(tenant.waiting, seq, key=RANK)
 
-    def _wake(self, name: str) -> Tenant:
-        """A tenant whose counter is lifted to the least of the busy ones'. Who is idle and behind that is forgotten."""
-        floor = min((tenant.served for tenant in self.busy), default=None)
-        if floor is None:
-            floor = max((tenant.served for tenant in self._tenants.values()), default=0.0)
-        woken = self._tenants.pop(name, None) or Tenant(floor)
-        woken.served = max(woken.served, floor)
-        behind = [name for name, t in self._tenants.items() if not (t.waiting or t.active) and t.served <= floor]
-        for idle in behind:
-            del self._tenants[idle]
-        self._tenants[name] = woken
-        return woken
+    def _begin_line(self, name: str) -> Tenant:
+        """A tenant whose counter is lifted to the least of the others' that have a line, or else that are active: who
+        asked for little does not shut them out later. Who is idle and behind that is forgotten."""
+        others = {other: tenant for other, tenant in self._tenants.items() if other != name}
+        lines = [tenant.served for tenant in others.values() if tenant.waiting]
+        floor = min(lines or [tenant.served for tenant in others.values() if tenant.active], default=math.inf)
+        for other, idle in others.items():
+            if not (idle.waiting or idle.active) and idle.served <= floor:
+                del self._tenants[other]
+        if name not in self._tenants:
+            self._tenants[name] = Tenant(0.0)
+        tenant = self._tenants[name]
+        if math.isfinite(floor):
+            tenant.served = max(tenant.served, floor)
+        return tenant
 
-    def next_waiting(self) -> Tenant | None:
-        """The tenant whose turn it is to have a sequence admitted."""
-        lines = [tenant for tenant in self._tenants.values() if tenant.waiting]
+    def next_waiting(self, blocked: Collection[Tenant] = ()) -> Tenant | None:
+        """The tenant whose turn it is to have a sequence admitted, apart from those whose first one does not fit."""
+        lines = [tenant for tenant in self._tenants.values() if tenant.waiting and tenant not in blocked]
         if len(lines) < 2:
             return lines[0] if lines else None
         return min(lines, key=lambda tenant: (tenant.ahead, tenant.waiting[0].id))

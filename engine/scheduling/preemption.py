@@ -18,8 +18,8 @@ def places_of(seqs: Iterable[Sequence]) -> int:
 
 
 def blocks_of(seqs: Iterable[Sequence]) -> int:
-    """How many entries their block tables have."""
-    return sum(len(seq.block_table) for seq in seqs)
+    """How many blocks they hold. One that several share counts for who had it first."""
+    return sum(len(seq.block_table) - seq.borrowed for seq in seqs)
 
 
 def last_in_line(seqs: Iterable[Sequence]) -> Sequence:

@@ -8,18 +8,18 @@ progress, and nothing wedges.
 """
 
 from bisect import insort
-from collections import Counter
 from collections.abc import Collection, Iterable
 from itertools import islice, repeat
 
-from kvferry.common.errors import InvalidRequest, Overloaded
 from kvferry.common.sampling import TokenLogprobs
 from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.page_pool import PagePool
+from kvferry.engine.scheduling.admission import check_fits, may_pass, who_leaves_the_line
 from kvferry.engine.scheduling.block_tables import BlockTables
 from kvferry.engine.scheduling.fairness import RANK, Tenant, Tenants
 from kvferry.engine.scheduling.preemption import blocks_of, victim_for_growth, victims_for_admission
 from kvferry.engine.scheduling.rows import Rows
+from kvferry.engine.scheduling.sharing import share_out
 from kvferry.engine.scheduling.step import Step, draws_of, make_plan, scores_of
 from kvferry.engine.sequence import Sequence, Status, TokenEvent
 
@@ -57,45 +57,42 @@ class Scheduler:
         pending = self.of(Status.WAITING, Status.RESTORING, Status.RUNNING)
         return sum(len(s.token_ids) - s.num_computed for s in pending if len(s.token_ids) - s.num_computed > 1)
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: Sequence) -> Sequence | None:
         """Queue a new sequence. Ids grow with arrival; one that forks leaves `params.n - 1` free behind its own.
 
-        Raises InvalidRequest if it can never fit, Overloaded if the queue is full.
+        Raises InvalidRequest if it can never fit, Overloaded if the lines are full. Where they are full of another
+        tenant's, one of those leaves instead: it is returned, withdrawn.
         """
-        known = len(seq.token_ids)  # some of them may be generated already, on a node that is gone
-        longest = min(known + seq.limit, seq.prompt_len + seq.params.max_tokens, seq.max_model_len)
-        tokens = max(longest, known + 1)
-        if -(-tokens // seq.block_size) > self._pool.num_blocks:
-            raise InvalidRequest(
-                f"the request may need {tokens} tokens of KV, and this node's pool holds "
-                f"{self._pool.num_blocks * seq.block_size}; shorten the prompt or lower max_tokens",
-                "max_tokens",
-            )
-        n = seq.params.n
-        if n > self.max_num_seqs or seq.blocks_needed + n - 1 > self._pool.num_blocks:
-            raise InvalidRequest(f"n is {n}; this node runs {self.max_num_seqs} at once, and each needs a block of KV "
-                                 "beside the prompt's", "n")  # fmt: skip
-        if self._tenants.num_waiting >= self._max_waiting:
-            raise Overloaded(f"{self._max_waiting} requests are waiting on this node already; try again later")
+        check_fits(seq, self._pool.num_blocks, self.max_num_seqs)
+        if (leaving := who_leaves_the_line(seq, self._tenants, self._max_waiting)) is not None:
+            self.withdraw(leaving)
         self._sequences[seq.id] = seq
         self._tenants.enqueue(seq)
+        return leaving
 
     # -- admission ----------------------------------------------------------------------------------------------------
 
     def admit(self) -> list[Sequence]:
         """Give blocks to waiting sequences, in turn, as far as the pool reaches. They are then restoring."""
-        admitted = []
-        while (tenant := self._tenants.next_waiting()) is not None:
+        admitted: list[Sequence] = []
+        blocked: list[Tenant] = []
+        while (tenant := self._tenants.next_waiting(blocked)) is not None:
             seq = tenant.waiting[0]
             reused = self._pool.match(seq.names[: seq.reuse_cap])
             victims = self._who_makes_room(seq, reused)
+            if blocked and (victims or not self._may_pass(seq, blocked[0].waiting[0])):
+                victims = None
             if victims is None:
-                break
+                blocked.append(tenant)
+                continue
             for victim in victims:
                 self.preempt(victim)
             self._activate(tenant.waiting.pop(0), tenant, reused)
             admitted.append(seq)
         return admitted
+
+    def _may_pass(self, seq: Sequence, first: Sequence) -> bool:
+        return may_pass(seq, first, self._tenants, self._pool.num_blocks, self.max_num_seqs)
 
     def _who_makes_room(self, seq: Sequence, reused: list[int]) -> list[Sequence] | None:
         """The sequences to push out so that this one can be admitted; None if it has to wait.
@@ -171,29 +168,12 @@ class Scheduler:
             self._rows = Rows(list(self._decoding.values()))
         if not self._extending and len(self._decoding) <= self._budget:
             return self._rows, []
-        extending = sorted(self._extending.values(), key=RANK)
-        budgets = self._budgets([*self._decoding.values(), *extending])
-        decoding = []
-        for seq in self._decoding.values():
-            if budgets[seq.tenant] > 0:
-                budgets[seq.tenant] -= 1
-                decoding.append(seq)
-        chunks = []
-        for seq in extending:
-            if (budget := budgets[seq.tenant]) > 0:
-                end = seq.next_chunk(budget)
-                budgets[seq.tenant] -= end - seq.num_computed
-                chunks.append((seq, end))
+        waiting_for_one, extending = list(self._decoding.values()), list(self._extending.values())
+        decoding, chunks = share_out(waiting_for_one, extending, self._tenants, self._budget)
         if len(decoding) == len(self._decoding):
             return self._rows, chunks
         self._rows = None
         return Rows(decoding), chunks
-
-    def _budgets(self, seqs: list[Sequence]) -> Counter[str]:
-        wanted: Counter[str] = Counter()
-        for seq in seqs:
-            wanted[seq.tenant] += len(seq.token_ids) - seq.num_computed
-        return self._tenants.split(self._budget, wanted)
 
     def _reach(self, rows: Rows, chunks: list[tuple[Sequence, int]]) -> None:
         """Make the block tables cover what will be computed, each in a block of its own, pushing sequences out if need
@@ -216,9 +196,11 @@ class Scheduler:
         """Take a step's outcome in, and tell each sequence's sink. Returns those that came to their end, which keep
         their blocks until they are withdrawn.
 
-        Sequences that were withdrawn during the step give their blocks back and are not told.
+        Sequences that were withdrawn during the step, or whose rows failed, give their blocks back and are not told.
         """
         step = self._end_step()
+        for row in outcome.failed_rows:
+            step.seqs[row].withdrawn = True
         self._tenants.charge(step.tokens_by_tenant())
         finished: list[Sequence] = []
         seqs, tokens, told = step.rows.seqs, outcome.tokens, outcome.logprobs
@@ -309,6 +291,10 @@ class Scheduler:
         for branch in branches:
             self._sequences[branch.id] = self._tenants[seq.tenant].active[branch.id] = branch
         return [seq, *branches]
+
+    def in_rows(self, rows: Collection[int]) -> list[Sequence]:
+        """The sequences in these rows of the step in flight."""
+        return [self._step.seqs[row] for row in rows] if self._step is not None else []
 
     def abandon_step(self) -> list[Sequence]:
         """The step failed: its sequences are finished. Those that were not withdrawn meanwhile."""

@@ -35,7 +35,7 @@ def test_an_error_comes_back_as_it_went(kind):
     assert str(back) == "why it failed"
 
 
-@pytest.mark.parametrize("status", ["CANCELLED", "UNKNOWN", "UNAVAILABLE", "ALREADY_EXISTS"])
+@pytest.mark.parametrize("status", ["CANCELLED", "UNKNOWN", "UNAVAILABLE", "PERMISSION_DENIED"])
 def test_a_broken_connection_is_unavailable(status):
     assert type(error_from_grpc(status, "gone")) is Unavailable
 

@@ -141,7 +141,7 @@ def test_an_abort_ends_all_branches(models):
 def test_more_choices_than_places_are_refused(models):
     async def main():
         async with running(models["llama"], max_num_seqs=4) as node:
-            with pytest.raises(InvalidRequest, match="n is 5; this node runs 4 at once"):
+            with pytest.raises(InvalidRequest, match="n is 5; this node runs 1 to 4 at once"):
                 await node.choices(node.sequence(prompt_of(20), 8, n=5))
 
     asyncio.run(main())

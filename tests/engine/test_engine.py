@@ -8,7 +8,7 @@ from checkpoints import ARCHITECTURES
 from engine_harness import Node, assert_greedy, greedy, prompt_of, running, until
 from memory_store import MemoryStore
 
-from kvferry.common.errors import Internal, InvalidRequest, Unavailable
+from kvferry.common.errors import Internal, InvalidRequest, NotANumber, Overloaded, Unavailable
 from kvferry.common.sampling import SamplingParams
 from kvferry.engine.sequence import Status
 
@@ -162,6 +162,47 @@ def test_a_failed_step_fails_its_streams_only(models, references, caplog):
     assert "planted" in caplog.text
 
 
+def test_a_row_of_nan_is_nobody_elses(models, references):
+    """Only the request that the model cannot compute is told so, and that it is no use to try again."""
+    prompts = [prompt_of(20, seed) for seed in range(4)]
+
+    async def main():
+        async with running(models["llama"]) as node:
+            logits, poisoned = node.engine._runner.logits, node.sequence(prompts[3], 50)
+
+            def spoilt(plan):
+                found = logits(plan)
+                if poisoned.id in plan.seq_ids and len(plan.seq_ids) == 4:
+                    found[plan.draw_rows.tolist().index(plan.seq_ids.index(poisoned.id)), 7] = float("nan")
+                return found
+
+            node.engine._runner.logits = spoilt
+            asked = [node.ask(prompt, 30) for prompt in prompts[:3]]
+            *answers, failure = await asyncio.gather(*asked, node.tokens(poisoned), return_exceptions=True)
+            assert type(failure) is NotANumber
+            return answers
+
+    for prompt, tokens in zip(prompts, asyncio.run(main()), strict=False):
+        assert_greedy(references["llama"], prompt, tokens, 30)
+
+
+def test_a_longer_line_of_another_tenant_makes_way(models):
+    """The one that came last in it is told to come again; nobody whose answer has begun is."""
+
+    async def main():
+        async with running(models["llama"], max_num_seqs=1, max_waiting=3) as node:
+            line = [asyncio.create_task(node.ask(prompt_of(20, seed))) for seed in range(4)]
+            await until(lambda: node.engine.scheduler._tenants.num_waiting == 3)
+            newcomer = node.sequence(prompt_of(20, 9))
+            newcomer.tenant = "another"
+            answered = await node.tokens(newcomer)
+            assert len(answered) == 12
+            outcomes = await asyncio.gather(*line, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [list, list, list, Overloaded]
+
+    asyncio.run(main())
+
+
 def test_stopping_ends_the_streams(models):
     async def main():
         node = Node(models["llama"], MemoryStore())
@@ -197,7 +238,7 @@ def test_stopping_ends_the_streams(models):
         ([1], {"repetition_penalty": 0.0}, "repetition_penalty is 0"),
         ([1], {"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
         ([1], {"logprobs": 301}, "logprobs asks for more"),
-        ([1], {"n": 0}, "n must be at least 1"),
+        ([1], {"n": 0}, "n is 0; this node runs 1 to 64"),
     ],
 )
 def test_what_can_never_be_is_refused(models, prompt, params, sentence):
@@ -207,7 +248,7 @@ def test_what_can_never_be_is_refused(models, prompt, params, sentence):
     node.engine.stop()
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e308, float("nan"), float("inf")])
 def test_a_weight_that_weighs_nothing_is_refused(models, weight):
     node = Node(models["llama"], MemoryStore())
     with pytest.raises(InvalidRequest, match="weight"):

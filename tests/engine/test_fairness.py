@@ -10,13 +10,14 @@ from kvferry.common.sampling import SamplingParams
 from kvferry.engine.batch import Outcome
 from kvferry.engine.page_pool import PagePool
 from kvferry.engine.scheduling.fairness import Tenant, Tenants
+from kvferry.engine.scheduling.preemption import victim_for_growth, victims_for_admission
 from kvferry.engine.scheduling.scheduler import Scheduler
 from kvferry.engine.sequence import Sequence, Status
 
 BLOCK = 16
-HEAVY, LIGHT = (
+HEAVY, LIGHT, THIRD = (
     CacheScope(TenantKeys.from_chain_key(letter * 32), b"f", BlockLayout(1, 1, BLOCK, 1, "float32"))
-    for letter in (b"h", b"l")
+    for letter in (b"h", b"l", b"t")
 )
 PROMPT, ANSWER = 96, 64
 BLOCKS_EACH = (PROMPT + ANSWER) // BLOCK
@@ -28,7 +29,7 @@ class Place:
     def __init__(self, blocks, seqs, budget):
         self.scheduler = Scheduler(PagePool(blocks), seqs, budget, max_waiting=1000)
         self.last_id = self.steps = 0
-        self.served = {HEAVY: 0, LIGHT: 0}
+        self.served = {HEAVY: 0, LIGHT: 0, THIRD: 0}
 
     def ask(self, scope, prompt_len=PROMPT, answer=ANSWER, **more):
         self.last_id += 1
@@ -127,12 +128,115 @@ def test_nobody_saves_up():
         place.ask(HEAVY)
     for _ in range(300):
         place.step()
-    place.served = {HEAVY: 0, LIGHT: 0}
+    place.served = dict.fromkeys(place.served, 0)
     for _ in range(100):
         place.ask(LIGHT)
     for _ in range(200):
         place.step()
     assert place.served[HEAVY] / place.served[LIGHT] == pytest.approx(1, rel=0.2)
+
+
+def test_nobody_saves_up_by_being_never_quite_idle():
+    """One slow stream all along is no credit for a burst; nor for one who comes then."""
+    place = Place(blocks=20_000, seqs=8, budget=128)
+    place.ask(LIGHT, prompt_len=10, answer=5_000)
+    for step in range(2000):
+        while len(place.scheduler.of(Status.WAITING)) < 8:
+            place.ask(HEAVY, answer=32)
+        if step == 1000:
+            place.served = dict.fromkeys(place.served, 0)
+        if step >= 1000:
+            while sum(seq.scope is LIGHT for seq in place.scheduler.of(Status.WAITING)) < 4:
+                place.ask(LIGHT, answer=32)
+            while sum(seq.scope is HEAVY for seq in place.scheduler.of(Status.WAITING)) < 4:
+                place.ask(HEAVY, answer=32)
+        place.step()
+    assert place.served[HEAVY] / place.served[LIGHT] == pytest.approx(1, rel=0.15)
+
+
+def test_what_is_admitted_at_once_is_shared_too():
+    """Nothing has been computed for anybody yet when a burst of both is let in."""
+    place = Place(blocks=2000, seqs=8, budget=64)
+    for scope in (HEAVY, LIGHT):
+        for _ in range(20):
+            place.ask(scope)
+    admitted = place.scheduler.admit()
+    assert [sum(seq.scope is scope for seq in admitted) for scope in (HEAVY, LIGHT)] == [4, 4]
+
+
+def test_one_that_does_not_fit_stops_nobody_who_does():
+    """The large one's turn it is; a small one of a third tenant passes. In the end the large one gets in as well."""
+    place = Place(blocks=200, seqs=64, budget=256)
+    for _ in range(10):
+        place.ask(HEAVY, prompt_len=128, answer=100)
+    place.step()
+    large = place.ask(LIGHT, prompt_len=180 * BLOCK, answer=10)
+    small = place.ask(THIRD, prompt_len=4, answer=4)
+    assert place.until_done(small) <= 8
+    assert large.status is Status.WAITING
+    while large.status is not Status.FINISHED:
+        while sum(seq.scope is THIRD for seq in place.scheduler.of(Status.WAITING)) < 4:
+            place.ask(THIRD, prompt_len=40, answer=40)
+        place.step()
+        assert place.steps < 2000, "those who pass never end"
+
+
+def test_streams_of_one_tenant_take_turns():
+    """Its share of a step is less than the streams it has: all of them get on, and its urgent prompt before them."""
+    place = Place(blocks=4000, seqs=64, budget=64)
+    streams = [place.ask(HEAVY, prompt_len=1, answer=2_000) for _ in range(40)]
+    for _ in range(3):
+        place.step()
+    for _ in range(6):
+        place.ask(LIGHT, prompt_len=9_000, answer=2)
+    urgent = place.ask(HEAVY, prompt_len=200, answer=2, priority=-1)
+    assert place.until_done(urgent) < 100
+    before = [len(seq.token_ids) for seq in streams]
+    for _ in range(100):
+        place.step()
+    gained = [len(seq.token_ids) - had for seq, had in zip(streams, before, strict=True)]
+    assert max(gained) - min(gained) <= 2
+    assert sum(gained) == pytest.approx(100 * 32, rel=0.1)
+
+
+def held(place, scope, blocks, weight, **fields):
+    """A sequence that runs and holds so many blocks, some of them perhaps another's."""
+    seq = place.ask(scope, weight=weight)
+    tenant = place.scheduler._tenants[seq.tenant]
+    tenant.waiting.remove(seq)
+    tenant.active[seq.id] = seq
+    seq.status, seq.block_table = Status.RUNNING, list(range(blocks))
+    for name, value in fields.items():
+        setattr(seq, name, value)
+    return seq
+
+
+def test_who_grows_takes_from_who_holds_most_for_its_weight():
+    place = Place(blocks=2000, seqs=64, budget=64)
+    rich = [held(place, HEAVY, 10, 3.0) for _ in range(2)]
+    poor = [held(place, LIGHT, 8, 1.0)]
+    tenants = place.scheduler._tenants
+    assert victim_for_growth(rich[0], tenants) is poor[0], "20 for a weight of 3 are less than 8 for 1"
+    held(place, HEAVY, 10, 3.0)
+    last = held(place, HEAVY, 10, 3.0, borrowed=5)
+    assert victim_for_growth(poor[0], tenants) is last, "35 are more"
+    last.borrowed = 10
+    rich[1].borrowed = 10
+    assert victim_for_growth(rich[0], tenants) is poor[0], "what is shared with others counts once"
+
+
+@pytest.mark.parametrize(("weight", "lets_in"), [(1.0, False), (3.0, True)])
+def test_who_is_let_in_ends_with_no_more_than_who_made_room(weight, lets_in):
+    place = Place(blocks=2000, seqs=64, budget=64)
+    holders = [held(place, LIGHT, 4, 1.0) for _ in range(4)]
+    for _ in range(4):
+        held(place, HEAVY, 4, weight)
+    newcomer = place.ask(HEAVY, prompt_len=3 * BLOCK, weight=weight)
+    for places, blocks in ((1, 0), (0, 4)):
+        victims = victims_for_admission(
+            newcomer, place.scheduler._tenants, places, blocks, lambda seq: len(seq.block_table), lambda seq: False
+        )
+        assert victims == ([holders[-1]] if lets_in else None)
 
 
 def test_priority_is_among_ones_own():

@@ -216,7 +216,8 @@ def calls(params: list[dict], times: int = 1) -> list[str]:
 
 
 def test_greedy_rows_cost_an_argmax():
-    assert calls([{"temperature": 0.0, "max_tokens": 9, "top_p": 0.4, "top_k": 3}], 20) == ["argmax", "tolist"]
+    greedy = [{"temperature": 0.0, "max_tokens": 9, "top_p": 0.4, "top_k": 3}]
+    assert calls(greedy, 20) == ["float", "numpy", "tolist"]
 
 
 def test_more_rows_are_not_more_calls():

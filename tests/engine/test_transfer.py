@@ -98,6 +98,30 @@ def test_who_waits_for_room_gets_what_a_publisher_held(models):
     asyncio.run(main())
 
 
+def test_a_copy_under_way_never_lands_in_another_ones_blocks(models, references):
+    """The sequence that it was for is pushed out meanwhile, and another one takes what is free."""
+    pulled, other = prompt_of(70), prompt_of(70, seed=1)
+
+    async def main():
+        async with running(models["llama"], num_blocks=12, max_num_seqs=1) as node:
+            await node.publish(pulled)
+            node.forget()
+            node.store.pulling.clear()
+            slow, quick = node.sequence(pulled), node.sequence(other, 30)
+            quick.priority = -1
+            first = asyncio.create_task(node.tokens(slow))
+            await until(lambda: node.store.calls["pull"] > 0)
+            second = asyncio.create_task(node.tokens(quick))
+            await until(lambda: quick in node.engine.scheduler)
+            node.engine.scheduler.preempt(slow)
+            await until(lambda: len(quick.token_ids) > 75)
+            node.store.pulling.set()
+            assert_greedy(references["llama"], other, await second, 30)
+            assert_greedy(references["llama"], pulled, await first)
+
+    asyncio.run(main())
+
+
 def test_a_lapsed_lease_drops_all_that_was_pulled(models, references):
     prompt = prompt_of(60)
 
