@@ -49,7 +49,7 @@ HEADLINE = (8, 1024)
 SHORT = (8, 32)
 PREFILL = 1024
 CHUNK = 1024  # tokens of a step
-MOST_FOR_GENERATE_BATCH = 1024  # prompt tokens; it takes minutes beyond
+MOST_FOR_GENERATE_BATCH = 1024  # prompt tokens; it takes minutes beyond, so there only the headline, in a full run
 MANY_TOKENS = 2**15  # a setting with more prompt tokens is measured once, not in every round
 
 
@@ -131,7 +131,8 @@ def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[t
             note(f"engine_{at}", batch / engine_step_seconds(model, config, prompts, args.steps))
             note(f"generate_{at}", batch / alone(generate_step_seconds, peer, prompts, args.steps))
             note(f"limit_{at}", batch / ((weights + kv) / alone(read_bytes_per_s)))
-        if (batch, context) == SHORT or (not args.quick and batch * context <= MOST_FOR_GENERATE_BATCH):
+        short = batch * context <= MOST_FOR_GENERATE_BATCH or (batch, context) == HEADLINE
+        if (batch, context) == SHORT or (short and not args.quick):
             note(f"generate_batch_{at}", alone(generate_batch_tokens_per_s, peer, prompts, args.steps))
     some = prompt(PREFILL)
     for _ in range(2 * rounds + 1):
@@ -164,8 +165,10 @@ def summarise(seen: dict[str, list[float]], settings: list[tuple[int, int]]) -> 
     return figures | {name: median(values) for name, values in seen.items()}
 
 
-async def drive(engine: Engine, model: LoadedModel, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
-    """Generate for all prompts at once; the moment of each token, by prompt."""
+async def drive(
+    engine: Engine, model: LoadedModel, prompts: list[list[int]], new_tokens: int, told: bool = True
+) -> list[list[float]]:
+    """Generate for all prompts at once; the moment of each token, by prompt, if they are to be `told`."""
     keys = TenantKeys.derive(secrets.token_bytes(32), "bench", secrets.token_bytes(32))
     scope = CacheScope(keys, model.fingerprint, model.layout)
     params = SamplingParams(max_tokens=new_tokens, temperature=0)
@@ -181,7 +184,7 @@ async def drive(engine: Engine, model: LoadedModel, prompts: list[list[int]], ne
                 moments.append(time.perf_counter())
 
         seq = engine.new_sequence("bench", scope, prompt, len(prompt), params, new_tokens)
-        await engine.generate(seq, nothing_stored, take)
+        await engine.generate(seq, nothing_stored, take if told else lambda event: None)
         return moments
 
     loop = asyncio.create_task(engine.run())
@@ -204,6 +207,7 @@ def engine_step_seconds(model: LoadedModel, config: EngineConfig, prompts: list[
 
 def prefill_seconds(model: LoadedModel, config: EngineConfig, prompt: list[int]) -> float:
     engine = Engine(model, config)
+    engine.memory.tensor[: 2 * len(prompt) // config.block_size].zero_()  # else the system clears it, page by page
     started = time.perf_counter()
     return asyncio.run(drive(engine, model, [prompt], 1))[0][0] - started
 
@@ -231,12 +235,14 @@ def generate_step_seconds(peer: LlamaForCausalLM, prompts: list[list[int]], step
 
 
 def generate_batch_tokens_per_s(peer: LlamaForCausalLM, prompts: list[list[int]], steps: int) -> float:
-    """Tokens a second between a short and a longer call: neither its start nor its prefill counts."""
+    """Tokens a second between a short and a longer call: neither its start nor its prefill counts. The first call pays
+    for more than its start, and is left out."""
 
     def seconds(new_tokens: int) -> float:
         config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
         return timed(lambda: peer.generate_batch(inputs=prompts, generation_config=config, progress_bar=False))
 
+    seconds(steps)
     return len(prompts) * 2 * steps / (seconds(3 * steps) - seconds(steps))
 
 
@@ -261,19 +267,20 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class NoModel:
-    """Stands where the model was, and takes no time: the logits it gives are there already, and few."""
+    """Stands where the model was, and takes no time: the logits it gives are there already."""
 
-    def __init__(self, rows: int):
-        self._logits = torch.zeros(1, rows, 8)
+    def __init__(self, rows: int, vocab: int):
+        self._logits = torch.zeros(1, rows, vocab)
 
     def __call__(self, *, logits_to_keep: torch.Tensor, **_: object) -> SimpleNamespace:
         return SimpleNamespace(logits=self._logits[:, : len(logits_to_keep)])
 
 
-def scheduler_us(model: LoadedModel, config: EngineConfig, running: int, steps: int = 200) -> float:
+def scheduler_us(model: LoadedModel, config: EngineConfig, running: int, vocab: int, steps: int = 200) -> float:
     """CPU time that a step of so many decoding sequences takes outside the model, on the event loop's thread and on the
-    step's: scheduling, block tables, inputs, the choice of tokens, telling the streams. Median of the steps."""
-    engine = Engine(dataclasses.replace(model, module=NoModel(running)), config)
+    step's: scheduling, block tables, inputs, the choice of tokens out of `vocab`, telling streams that do nothing with
+    it. Median of the steps."""
+    engine = Engine(dataclasses.replace(model, module=NoModel(running, vocab)), config)
     execute, loop_clock = engine._runner.execute, time.pthread_getcpuclockid(threading.get_ident())
     loop_at: list[float] = []
     spent: list[float] = []
@@ -288,7 +295,7 @@ def scheduler_us(model: LoadedModel, config: EngineConfig, running: int, steps: 
 
     engine._runner.execute = timed_execute
     prompts = [[i % VOCAB + 1] * 4 for i in range(running)]
-    asyncio.run(drive(engine, model, prompts, steps))
+    asyncio.run(drive(engine, model, prompts, steps, told=False))
     steps_us = [
         (later - earlier + beside) * 1e6 for (earlier, later), beside in zip(pairwise(loop_at), spent, strict=False)
     ]
@@ -298,8 +305,14 @@ def scheduler_us(model: LoadedModel, config: EngineConfig, running: int, steps: 
 def scheduler_figures(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     config = engine_config(folder, args, "float32")
     model = alone(load_model, config, lambda *_: None)
-    few, many = (scheduler_us(model, config, running) for running in (16, 256))
-    return {"scheduler_us": many, "scheduler_us_16": few, "scheduler_growth_16_to_256": many / few}
+    few, many = (median(scheduler_us(model, config, running, 8) for _ in range(3)) for running in (16, 256))
+    choosing = scheduler_us(model, config, 256, VOCAB) - many
+    return {
+        "scheduler_us": many,
+        "scheduler_us_16": few,
+        "scheduler_growth_16_to_256": many / few,
+        "choosing_from_32000_us": choosing,
+    }
 
 
 TARGETS = {
