@@ -131,6 +131,8 @@ def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[t
             note(f"engine_{at}", batch / engine_step_seconds(model, config, prompts, args.steps))
             note(f"generate_{at}", batch / alone(generate_step_seconds, peer, prompts, args.steps))
             note(f"limit_{at}", batch / ((weights + kv) / alone(read_bytes_per_s)))
+        told = ", ".join(f"{who} {median(seen[f'{who}_{at}']):.1f}" for who in ("engine", "generate", "limit"))
+        print(f"{dtype} batch {batch} context {context}, tokens/s: {told}", flush=True)
         short = batch * context <= MOST_FOR_GENERATE_BATCH or (batch, context) == HEADLINE
         if (batch, context) == SHORT or (short and not args.quick):
             note(f"generate_batch_{at}", alone(generate_batch_tokens_per_s, peer, prompts, args.steps))

@@ -131,7 +131,7 @@ class RouterConfig:
     admin_port: int = 8001
     tenants_file: Path | None = None
     max_local_prefill: int = 64
-    admission_s: float = 10.0
+    admission_s: float = 60.0
     node_wait_s: float = 20.0
     request_s: float = 600.0
     max_body_bytes: int = 16 * 2**20

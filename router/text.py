@@ -31,6 +31,8 @@ def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
     except Exception as error:  # tokenizers raises plain Exception for a broken file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
+    if not tokenizer.encode("a b", add_special_tokens=False):  # what transformers makes up where there are no files
+        raise ConfigError(f"the tokenizer of {model} makes no tokens of a text; is its tokenizer.json there?")
     return Tokenizer(tokenizer)
 
 

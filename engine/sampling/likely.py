@@ -34,7 +34,7 @@ def at_least(values: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, t
     `[R, 1]`, ordered by row and then token."""
     if values.device.type != "cpu":
         return (values >= least).nonzero(as_tuple=True)
-    found = np.flatnonzero(values.numpy() >= least.numpy())  # a tenth of the time that torch takes
+    found = np.flatnonzero(values.numpy() >= least.numpy())  # torch is slow at this
     rows, tokens = np.divmod(found, values.shape[1])
     return torch.from_numpy(rows), torch.from_numpy(tokens)
 
@@ -56,7 +56,7 @@ def compact(scores: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, to
 def in_order(tokens: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row of compacted tokens and scores, the likeliest first."""
     # A float's bits, below the sign, rise with its size; +0.0 makes one zero of two. With the place behind them no two
-    # keys are equal, so any way of sorting gives the same. NumPy's is ten times as fast as torch's on a CPU.
+    # keys are equal, so any way of sorting gives the same. On a CPU torch's is slow.
     bits = (scores + 0.0).view(torch.int32)
     falling = ~torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys = (falling.to(torch.int64) << 32) | torch.arange(scores.shape[1], device=scores.device)

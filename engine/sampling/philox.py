@@ -39,7 +39,7 @@ class Keys:
 
 def philox(counter: Sequence[Word], key: Sequence[Word | int], halves: tuple[Out, Out] | None = None) -> list[Word]:
     """Four 32-bit words in int64 -> four like them, of the shape that all of them broadcast to. Words are tensors, or
-    arrays of NumPy, whose integers on a CPU are twice as fast as torch's.
+    arrays of NumPy, which wait for no barrier of threads.
 
     `halves` are twice four buffers of that shape, in which the words are worked on; the answer is the second four.
     """

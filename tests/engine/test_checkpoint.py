@@ -135,6 +135,18 @@ def test_a_tensor_that_is_not_there(whole):
     assert refusal(whole).endswith("lacks 1 of the model's tensors, such as model.layers.1.mlp.up_proj.weight")
 
 
+def test_quantized_weights(whole):
+    change(whole / "config.json", quantization_config={"quant_method": "mxfp4"})
+    assert "its weights are quantized (mxfp4)" in refusal(whole)
+
+
+def test_tensors_that_nobody_needs(whole, caplog):
+    """A config that was changed by hand serves half a model: it may be meant, so it is only said."""
+    change(whole / "config.json", num_hidden_layers=1)
+    load(whole)
+    assert "tensors that its config has no use for, such as model.layers.1." in caplog.text
+
+
 def test_a_tensor_of_another_shape(whole):
     change(whole / "config.json", intermediate_size=96)
     assert f"{whole} cannot be loaded" in refusal(whole)

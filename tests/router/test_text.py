@@ -253,3 +253,10 @@ def test_loading(tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_text("{broken")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path / "model"))
+
+
+def test_a_tokenizer_that_knows_no_text(tmp_path):
+    """transformers makes one up from a config alone."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
+    with pytest.raises(ConfigError, match=r"makes no tokens of a text|cannot be loaded"):
+        load_tokenizer(str(tmp_path))
