@@ -67,7 +67,7 @@ def test_rope_that_does_not_is_served(folder):
 def test_a_model_that_is_nowhere(model, monkeypatch):
     # huggingface_hub reads its environment when it is imported, so the switch itself is turned.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="is neither a folder nor a model of the hub.s cache") as caught:
+    with pytest.raises(ConfigError, match="is neither a folder nor a model of the hub's cache") as caught:
         load(model)
     assert "\n" not in str(caught.value)
 
