@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface
 
 from kvferry.common.errors import IncompatibleNode
+from kvferry.kernels.reference import Scoring
 
 ATTENTION_NAME = "kvferry"
 
@@ -22,18 +23,8 @@ class PagedAttention(Protocol):
         """Store the new tokens' keys and values, `[T, kv_heads, head_dim]` each."""
         ...
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scale: float,
-        *,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`query[T, H, head_dim]` -> the same shape: causal over each row's context, which has been written; of it the
-        last `window` positions, if set. `softcap` bounds the scores, `sinks[H]` take part in the softmax."""
+    def attend(self, layer: int, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        """`query[T, H, head_dim]` -> the same shape: causal over each row's context, which has been written."""
         ...
 
 
@@ -70,9 +61,7 @@ def paged_attention(
     attention, layer = paged_batch.attention, module.layer_idx
     attention.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = attention.attend(
-        layer, query[0].transpose(0, 1), scale, window=sliding_window, softcap=softcap, sinks=s_aux
-    )
+    attended = attention.attend(layer, query[0].transpose(0, 1), Scoring(scale, sliding_window, softcap, s_aux))
     return attended[None], None
 
 

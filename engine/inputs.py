@@ -7,8 +7,9 @@ import torch
 
 from kvferry.engine.attention import PagedBatch
 from kvferry.engine.batch import StepPlan
-from kvferry.kernels.cpu_attention import CpuAttention, Workspace
+from kvferry.kernels.cpu_attention import CpuAttention
 from kvferry.kernels.reference import Ragged, ReferenceAttention
+from kvferry.kernels.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from kvferry.engine.batch import Outcome, StepPlan
 from kvferry.engine.inputs import lay_out
 from kvferry.engine.loading.model import LoadedModel
 from kvferry.engine.sampling.sampler import Sampler
-from kvferry.kernels.cpu_attention import Workspace
 from kvferry.kernels.reference import copy_blocks
+from kvferry.kernels.workspace import Workspace
 
 
 class Runner:

@@ -79,14 +79,11 @@ class Sequence:
         self.group = self.group or self.id
         self.stop_len = min(self.prompt_len + self.params.max_tokens, self.max_model_len)
         self.end_len = self.end_len or min(self.stop_len, len(self.token_ids) + self.limit)
-        self._make_draws()
-        self.extend_names()
-        self.set_due()
-
-    def _make_draws(self) -> None:
         first, n = self.params.choice, self.params.n
         each = [dataclasses.replace(self.params, choice=c, n=1) for c in range(first, first + n)]
         self.draws = [Draw(params, self.stop_ids, self.token_ids, self.prompt_len) for params in each]
+        self.extend_names()
+        self.set_due()
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -150,11 +147,10 @@ class Sequence:
         """A sequence of the choice `offset` further on, that has the same tokens and stands in the same blocks, as far
         as they are written. Who calls it counts the blocks' new holder."""
         written = -(-self.num_computed // self.block_size)
-        params = dataclasses.replace(self.params, choice=self.params.choice + offset, n=1)
         return dataclasses.replace(
             self,
             id=self.id + offset,
-            params=params,
+            params=self.draws[offset].params,
             token_ids=self.token_ids[:],
             names=self.names[:],
             block_table=self.block_table[:written],
@@ -165,9 +161,9 @@ class Sequence:
 
     def become(self, offset: int) -> None:
         """Be one choice from here on."""
-        self.params = dataclasses.replace(self.params, choice=self.params.choice + offset, n=1)
+        self.draws = [self.draws[offset]]
+        self.params = self.draws[0].params
         self.first_tokens = ()
-        self._make_draws()
 
     def finish_reason(self, token: int) -> str | None:
         """Why `token`, already appended, ends the answer: "stop", "length", or None."""

@@ -11,22 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from kvferry.kernels.cpu_decode import CpuDecode
-from kvferry.kernels.reference import Ragged
+from kvferry.kernels.reference import Ragged, Scoring
 from kvferry.kernels.row_groups import ExtendRow, decode_rows, extend_rows, mask_of_pieces
 from kvferry.kernels.workspace import Workspace, tiles_of_layer
 
 GATHER_BYTES = 2**21  # for one group's keys, so that they are still in L2 when they are read
 PIECE = 256  # tokens of a row with a prefix that are attended to at once
 MOST_SCORES = 2**24  # at once, where all are kept (64 MiB)
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How scores come about: `reference.extend_attention` says what each is."""
-
-    scale: float
-    softcap: float | None
-    sinks: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +51,20 @@ class CpuAttention:
         for tile, new in ((2 * layer, key), (2 * layer + 1, value)):
             vectors[tile * self._block_size :].index_copy_(0, self._slots, new.reshape(-1, self._head_dim))
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """`query[T, H, head_dim]` -> the same shape: each token over its row's context up to itself, as
         `reference.extend_attention` says."""
+        window, sinks = scoring.window, scoring.sinks is not None
         if window is not None and window >= self._longest:
             window = None
-        kind = (window, softcap is None and sinks is None, sinks is not None)
+        kind = (window, scoring.softcap is None and not sinks, sinks)
         if kind not in self._rows:
             self._rows[kind] = self._lay_out(*kind, query)
         rows, out = self._rows[kind], query.new_empty(query.shape)
         if rows.decode is not None:
-            rows.decode.attend(layer, query, scale, softcap, sinks, out)
+            rows.decode.attend(layer, query, scoring, out)
         for row in rows.extend:
-            self._extend(layer, row, rows.mask, query, Scoring(scale, softcap, sinks), out)
+            self._extend(layer, row, rows.mask, query, scoring, out)
         return out
 
     def _lay_out(self, window: int | None, plain: bool, sinks: bool, query: torch.Tensor) -> Rows:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvferry.kernels.reference import Scoring
 from kvferry.kernels.row_groups import DecodeGroup, DecodeRows
 from kvferry.kernels.workspace import Workspace, tiles_of_layer
 
@@ -80,18 +81,11 @@ class CpuDecode:
             hidden_vectors=hidden_vectors,
         )
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
+    def attend(self, layer: int, query: torch.Tensor, scoring: Scoring, out: torch.Tensor) -> None:
         """From `query` to `out`, both `[T, H, head_dim]`: the rows of one token of them."""
         kv_heads, head_dim = self._pool.shape[1], self._pool.shape[5]
-        asked = query.index_select(0, self._tokens).to(self._dtype).mul_(scale)
+        softcap, sinks = scoring.softcap, scoring.sinks
+        asked = query.index_select(0, self._tokens).to(self._dtype).mul_(scoring.scale)
         attended = torch.empty_like(asked)
         keys, values = tiles_of_layer(self._pool, layer)
         for group in self._groups:

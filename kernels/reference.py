@@ -32,6 +32,21 @@ class Ragged:
             yield slice(start, start + length), context, table[: -(-context // block_size)]
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer weighs what its tokens see.
+
+    Scores are products times `scale`. With `window`, the token at position i sees only positions j with
+    `0 <= i - j < window`. With `softcap`, a score s becomes `softcap * tanh(s / softcap)` after scaling (Gemma 2).
+    `sinks[H]` is one more logit a head in the softmax, to which no value belongs (GPT-OSS).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
 def kv_write(
     pool: torch.Tensor, layer: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> None:
@@ -52,22 +67,14 @@ def gather_kv(pool: torch.Tensor, layer: int, blocks: torch.Tensor) -> tuple[tor
 
 
 def extend_attention(
-    query: torch.Tensor,
-    pool: torch.Tensor,
-    layer: int,
-    ragged: Ragged,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    query: torch.Tensor, pool: torch.Tensor, layer: int, ragged: Ragged, scoring: Scoring
 ) -> torch.Tensor:
     """Causal attention of a ragged batch over its paged context. `query[T, H, head_dim]` -> the same shape.
 
-    Prefill, a chunk after a prefix, and a decode step (length 1) are all this one. With `window`, the token at position
-    i sees only positions j with `0 <= i - j < window`; blocks that no token of a row sees are not read. With `softcap`,
-    a score s becomes `softcap * tanh(s / softcap)` after scaling (Gemma 2). `sinks[H]` is one more logit a head in the
-    softmax, to which no value belongs (GPT-OSS). Scores and sums are at least fp32.
+    Prefill, a chunk after a prefix, and a decode step (length 1) are all this one. Blocks that no token of a row sees
+    are not read. Scores and sums are at least fp32.
     """
+    window, softcap, sinks = scoring.window, scoring.softcap, scoring.sinks
     out = torch.empty_like(query)
     kv_heads, block_size = pool.shape[1], pool.shape[4]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -79,7 +86,7 @@ def extend_attention(
         )
         # [kv_heads, group, length, head_dim]: the query heads of one KV head together.
         grouped = query[place].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).to(wide)
-        scores = torch.matmul(grouped, key.unsqueeze(1).transpose(-1, -2)) * scale
+        scores = torch.matmul(grouped, key.unsqueeze(1).transpose(-1, -2)) * scoring.scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores.masked_fill_(~visible(length, key.shape[1], window, query.device), -torch.inf)
@@ -115,16 +122,8 @@ class ReferenceAttention:
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         kv_write(self.pool, layer, self.slot_mapping, key, value)
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return extend_attention(query, self.pool, layer, self.ragged, scale, window, softcap, sinks)
+    def attend(self, layer: int, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        return extend_attention(query, self.pool, layer, self.ragged, scoring)
 
 
 def copy_blocks(pool: torch.Tensor, pairs: torch.Tensor) -> None:

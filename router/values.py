@@ -2,6 +2,7 @@
 repeats no text of the client's."""
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -87,31 +88,35 @@ def completion_logprobs(value: Any) -> int | None:
 
 
 def stops(value: Any) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or len(found) > MAX_STOPS:
-        raise _wrong("stop", STOPS, value)
-    for stop in found:
-        if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
-            raise _wrong_item("stop", STOPS, stop)
-    return tuple(found)
+    def fits(stop: Any) -> bool:
+        return isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_CHARS
+
+    return _items("stop", STOPS, [value] if isinstance(value, str) else value, MAX_STOPS, fits)
 
 
 def bad_words(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) > MAX_BAD_WORDS:
-        raise _wrong("bad_words", BAD_WORDS, value)
-    for word in value:
-        if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_CHARS or word.isspace():
-            raise _wrong_item("bad_words", BAD_WORDS, word)
-    return tuple(value)
+    def fits(word: Any) -> bool:
+        return isinstance(word, str) and 0 < len(word) <= MAX_BAD_WORD_CHARS and not word.isspace()
+
+    return _items("bad_words", BAD_WORDS, value, MAX_BAD_WORDS, fits)
 
 
 def stop_tokens(value: Any) -> tuple[int, ...]:
     """Not yet checked against the vocabulary."""
-    if not isinstance(value, list) or len(value) > MAX_STOP_TOKENS:
-        raise _wrong("stop_token_ids", STOP_TOKENS, value)
-    for token in value:
-        if type(token) is not int or not 0 <= token < 2**32:
-            raise _wrong_item("stop_token_ids", STOP_TOKENS, token)
+
+    def fits(token: Any) -> bool:
+        return type(token) is int and 0 <= token < 2**32
+
+    return _items("stop_token_ids", STOP_TOKENS, value, MAX_STOP_TOKENS, fits)
+
+
+def _items(name: str, expected: str, value: Any, most: int, fits: Callable[[Any], bool]) -> tuple[Any, ...]:
+    """A list of at most so many items that all fit."""
+    if not isinstance(value, list) or len(value) > most:
+        raise _wrong(name, expected, value)
+    for item in value:
+        if not fits(item):
+            raise _wrong_item(name, expected, item)
     return tuple(value)
 
 

@@ -22,7 +22,7 @@ from kvferry.common.errors import IncompatibleNode
 from kvferry.engine.attention import ATTENTION_NAME, PagedBatch, paged_attention
 from kvferry.engine.batch import StepPlan
 from kvferry.engine.inputs import lay_out
-from kvferry.kernels.cpu_attention import Workspace
+from kvferry.kernels.workspace import Workspace
 
 CHECK_NAME = "kvferry-self-check"
 LENGTH, TAIL = 7, 3

@@ -8,9 +8,7 @@ from kvferry.engine.sequence import Sequence
 
 def check_fits(seq: Sequence, num_blocks: int, max_num_seqs: int) -> None:
     """Raises InvalidRequest for a sequence that an empty pool could not run to its end."""
-    known = len(seq.token_ids)  # some of them may be generated already, on a node that is gone
-    longest = min(known + seq.limit, seq.prompt_len + seq.params.max_tokens, seq.max_model_len)
-    tokens = max(longest, known + 1)
+    tokens = max(seq.end_len, len(seq.token_ids) + 1)
     if -(-tokens // seq.block_size) > num_blocks:
         raise InvalidRequest(
             f"the request may need {tokens} tokens of KV, and this node's pool holds {num_blocks * seq.block_size}; "

@@ -31,7 +31,7 @@ class Rows:
         """Block tables have grown."""
         for i in np.flatnonzero(self.positions >= self._room):
             self._room[i] = len(self.seqs[i].block_table) * self.seqs[i].block_size
-        self._sharing = any(seq.shares_tail for seq in self.seqs) if self._sharing else False
+        self._sharing = self._sharing and any(seq.shares_tail for seq in self.seqs)
 
     def advance(self, tokens: list[int]) -> None:
         """Each has computed its token, and got the next one."""

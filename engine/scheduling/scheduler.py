@@ -80,9 +80,7 @@ class Scheduler:
             seq = tenant.waiting[0]
             reused = self._pool.match(seq.names[: seq.reuse_cap])
             victims = self._who_makes_room(seq, reused)
-            if blocked and (victims or not self._may_pass(seq, blocked[0].waiting[0])):
-                victims = None
-            if victims is None:
+            if victims is None or (blocked and (victims or not self._may_pass(seq, blocked[0].waiting[0]))):
                 blocked.append(tenant)
                 continue
             for victim in victims:
@@ -168,8 +166,7 @@ class Scheduler:
             self._rows = Rows(list(self._decoding.values()))
         if not self._extending and len(self._decoding) <= self._budget:
             return self._rows, []
-        waiting_for_one, extending = list(self._decoding.values()), list(self._extending.values())
-        decoding, chunks = share_out(waiting_for_one, extending, self._tenants, self._budget)
+        decoding, chunks = share_out(self._rows.seqs, list(self._extending.values()), self._tenants, self._budget)
         if len(decoding) == len(self._decoding):
             return self._rows, chunks
         self._rows = None

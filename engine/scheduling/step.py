@@ -20,13 +20,13 @@ class Step:
     rows: Rows
     chunks: list[tuple[Sequence, int]]
 
-    @property
+    @cached_property
     def seqs(self) -> list[Sequence]:
         return [*self.rows.seqs, *(seq for seq, _ in self.chunks)]
 
     @cached_property
     def ids(self) -> set[int]:
-        return {*self.rows.ids, *(seq.id for seq, _ in self.chunks)}
+        return {seq.id for seq in self.seqs}
 
     def tokens_by_tenant(self) -> Counter[str]:
         """How many tokens the step computes for whom. To be asked before they count as computed."""

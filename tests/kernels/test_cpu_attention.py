@@ -8,8 +8,9 @@ from paged_case import CASES, DECODE_CASES, LAYERS, Case, Paged
 from torch.profiler import ProfilerActivity, profile
 
 from kvferry.kernels import cpu_attention
-from kvferry.kernels.cpu_attention import CpuAttention, Workspace
-from kvferry.kernels.reference import extend_attention
+from kvferry.kernels.cpu_attention import CpuAttention
+from kvferry.kernels.reference import Scoring, extend_attention
+from kvferry.kernels.workspace import Workspace
 
 
 def on_cpu(paged: Paged, dtype: torch.dtype, workspace: Workspace) -> CpuAttention:
@@ -35,7 +36,7 @@ def test_attention_is_the_sum_written_out(case, layer, sizes):
         attention = on_cpu(paged, torch.float32, Workspace())
         assert (~paged.pool.isnan()).sum() == 2 * case.kv_heads * case.head_dim * sum(paged.contexts)
         paged.lose_what_is_not_seen()
-        got = attention.attend(layer, paged.query.float(), 0.3, *paged.told())
+        got = attention.attend(layer, paged.query.float(), Scoring(0.3, *paged.told()))
     torch.testing.assert_close(got.double(), paged.attended(0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -45,8 +46,8 @@ def test_other_dtypes_are_as_good_as_the_twin(dtype, features):
     paged = Paged(Case(2, 2, 16, 4, ((0, 9), (20, 1), (13, 6), (20, 1), (3, 1)), seed=3, **features), 0)
     attention = on_cpu(paged, dtype, Workspace())
     query, told = paged.query.to(dtype), paged.told()
-    twin = extend_attention(query, paged.pool, 0, paged.ragged, 0.25, *told)
-    got = attention.attend(0, query, 0.25, *told)
+    twin = extend_attention(query, paged.pool, 0, paged.ragged, Scoring(0.25, *told))
+    got = attention.attend(0, query, Scoring(0.25, *told))
     assert got.dtype is dtype
     bound = 1e-10 if dtype is torch.float64 else 2e-2
     torch.testing.assert_close(got, twin, rtol=bound, atol=bound)
@@ -58,8 +59,8 @@ def test_layers_of_one_step_may_differ():
     attention = on_cpu(paged, torch.float32, Workspace())
     query = paged.query.float()
     for told in ((5, None), (None, None), (5, 2.0), (None, 2.0), (5, None), (1000, None)):
-        twin = extend_attention(query, paged.pool, 1, paged.ragged, 0.25, *told)
-        torch.testing.assert_close(attention.attend(1, query, 0.25, *told), twin, rtol=1e-5, atol=1e-5)
+        twin = extend_attention(query, paged.pool, 1, paged.ragged, Scoring(0.25, *told))
+        torch.testing.assert_close(attention.attend(1, query, Scoring(0.25, *told)), twin, rtol=1e-5, atol=1e-5)
 
 
 def test_a_buffer_is_kept():
@@ -88,12 +89,12 @@ def test_a_steady_decode_step_takes_no_memory_that_grows_with_the_context(dtype,
         rows = tuple((context + i, 1) for i in range(3))
         paged = Paged(Case(2, 2, 16, 16, rows, seed=1, **features), 0)
         workspace = Workspace()
-        on_cpu(paged, dtype, workspace).attend(0, paged.query.to(dtype), 0.25, *paged.told())
+        on_cpu(paged, dtype, workspace).attend(0, paged.query.to(dtype), Scoring(0.25, *paged.told()))
         attention = on_cpu(paged, dtype, workspace)
-        attention.attend(0, paged.query.to(dtype), 0.25, *paged.told())  # lists the tiles, once a step
+        attention.attend(0, paged.query.to(dtype), Scoring(0.25, *paged.told()))  # lists the tiles, once a step
         query, told = paged.query.to(dtype), paged.told()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            attention.attend(1, query, 0.25, *told)
+            attention.attend(1, query, Scoring(0.25, *told))
         sizes = [e.self_cpu_memory_usage for e in seen.events() if e.self_cpu_memory_usage > 0]
         return sum(sizes), 2 * sum(paged.contexts) * 2 * 16 * dtype.itemsize
 

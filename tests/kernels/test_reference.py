@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from paged_case import CASES, DECODE_CASES, LAYERS, Case, Paged
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-from kvferry.kernels.reference import copy_blocks, extend_attention, gather_kv, kv_write, visible
+from kvferry.kernels.reference import Scoring, copy_blocks, extend_attention, gather_kv, kv_write, visible
 
 FEATURES = {"window": 6, "softcap": 0.7, "sinks": True}
 
@@ -24,7 +24,7 @@ FEATURES = {"window": 6, "softcap": 0.7, "sinks": True}
 def test_attention(case, layer, scale):
     paged = Paged(case, layer)
     paged.write()
-    got = extend_attention(paged.query, paged.pool, layer, paged.ragged, scale, *paged.told())
+    got = extend_attention(paged.query, paged.pool, layer, paged.ragged, Scoring(scale, *paged.told()))
     torch.testing.assert_close(got, paged.attended(scale), rtol=1e-10, atol=1e-10)
 
 
@@ -77,7 +77,9 @@ def test_other_dtypes(dtype, features):
     paged.write()
     window, softcap, sinks = paged.told()
     sinks = None if sinks is None else sinks.to(dtype)
-    got = extend_attention(paged.query.to(dtype), paged.pool.to(dtype), 0, paged.ragged, 0.25, window, softcap, sinks)
+    got = extend_attention(
+        paged.query.to(dtype), paged.pool.to(dtype), 0, paged.ragged, Scoring(0.25, window, softcap, sinks)
+    )
     assert got.dtype == dtype
     bound = 1e-5 if dtype is torch.float32 else 3e-2
     torch.testing.assert_close(got.double(), paged.attended(0.25), rtol=bound, atol=bound)
@@ -93,7 +95,7 @@ def test_sinks_are_those_of_gpt_oss():
     mask = torch.zeros(9, 9).masked_fill(~visible(9, 9, 4, torch.device("cpu")), -math.inf)
     q, k, v = (x.transpose(0, 1)[None] for x in (paged.query, paged.keys[0], paged.values[0]))
     theirs, _ = eager_attention_forward(Module(), q, k, v, mask, 0.4)
-    ours = extend_attention(paged.query, paged.pool, 1, paged.ragged, 0.4, *paged.told())
+    ours = extend_attention(paged.query, paged.pool, 1, paged.ragged, Scoring(0.4, *paged.told()))
     torch.testing.assert_close(ours, theirs[0])
 
 
@@ -120,4 +122,6 @@ def test_a_wrong_group_scale_or_feature_would_be_seen():
         (paged.query, 0.3, window, softcap, sinks.flip(0)),
         (paged.query, 0.3, window, softcap, None),
     ):
-        assert not torch.allclose(extend_attention(query, paged.pool, 0, paged.ragged, *told), right, atol=1e-3)
+        assert not torch.allclose(
+            extend_attention(query, paged.pool, 0, paged.ragged, Scoring(*told)), right, atol=1e-3
+        )
