@@ -15,6 +15,13 @@ class MonotonicClock:
         return time.monotonic()
 
 
+class WallClock:
+    """Seconds since 1970, to compare with a date that somebody wrote down. It may be set, and jump."""
+
+    def now(self) -> float:
+        return time.time()
+
+
 class ManualClock:
     """A clock that stands still until it is advanced."""
 

@@ -34,8 +34,20 @@ class TooLarge(KvferryError):
     """The request's body is over the limit."""
 
 
+class HeadersTooLarge(KvferryError):
+    """The request's head is over the limit."""
+
+
+class ArrivedTooSlowly(KvferryError):
+    """The request's body was not all there in time."""
+
+
 class RateLimited(KvferryError):
-    """This tenant has used what its limits allow; it may try again later."""
+    """This tenant has used what its limits allow; it may try again after `retry_after_s`, if that is known."""
+
+    def __init__(self, message: str, retry_after_s: int | None = None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Overloaded(KvferryError):
@@ -71,7 +83,7 @@ class Outcome:
     """How one type of error is told to the outside."""
 
     http: int
-    grpc: str  # the name of a grpc.StatusCode; each occurs once, so that it maps back
+    grpc: str | None  # the name of a grpc.StatusCode, each once, so that it maps back; None of what only HTTP has
     kind: str  # `error.type` in an OpenAI error body
     code: str  # `error.code` there
     retry_after_s: int | None = None
@@ -83,7 +95,9 @@ OUTCOMES: dict[type[KvferryError], Outcome] = {
     NotFound: Outcome(404, "NOT_FOUND", "invalid_request_error", "not_found"),
     MethodNotAllowed: Outcome(405, "UNIMPLEMENTED", "invalid_request_error", "method_not_allowed"),
     TooLarge: Outcome(413, "OUT_OF_RANGE", "invalid_request_error", "request_too_large"),
-    RateLimited: Outcome(429, "ABORTED", "rate_limit_error", "rate_limit_exceeded", retry_after_s=1),
+    HeadersTooLarge: Outcome(431, None, "invalid_request_error", "headers_too_large"),
+    ArrivedTooSlowly: Outcome(408, None, "invalid_request_error", "request_timeout"),
+    RateLimited: Outcome(429, "ABORTED", "rate_limit_exceeded", "rate_limit_exceeded", retry_after_s=1),
     Overloaded: Outcome(503, "RESOURCE_EXHAUSTED", "server_error", "overloaded", retry_after_s=1),
     Unavailable: Outcome(503, "UNAVAILABLE", "server_error", "unavailable", retry_after_s=2),
     DeadlineExceeded: Outcome(504, "DEADLINE_EXCEEDED", "server_error", "timeout"),
@@ -99,10 +113,10 @@ def outcome_of(error: BaseException) -> Outcome:
     return OUTCOMES.get(type(error), OUTCOMES[Internal])
 
 
-def error_from_grpc(status: str, message: str) -> KvferryError:
-    """The error that a peer meant by a gRPC status (its name) and details; `Unavailable` for any other status,
-    which is what a connection that broke gives (UNAVAILABLE, CANCELLED, UNKNOWN)."""
+def error_from_grpc(status: str, message: str, param: str | None = None) -> KvferryError:
+    """The error that a peer meant by a gRPC status (its name), details and field at fault; `Unavailable` for any other
+    status, which is what a connection that broke gives (UNAVAILABLE, CANCELLED, UNKNOWN)."""
     for kind, outcome in OUTCOMES.items():
         if outcome.grpc == status:
-            return kind(message)
+            return InvalidRequest(message, param) if kind is InvalidRequest else kind(message)
     return Unavailable(message)
