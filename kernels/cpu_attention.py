@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 
 from kvferry.kernels.cpu_decode import CpuDecode
+from kvferry.kernels.extend_rows import ExtendRow, extend_rows, mask_of_pieces
 from kvferry.kernels.reference import Ragged, Scoring
-from kvferry.kernels.row_groups import ExtendRow, decode_rows, extend_rows, mask_of_pieces
 from kvferry.kernels.workspace import Workspace, tiles_of_layer
 
-GATHER_BYTES = 2**21  # for one group's keys, so that they are still in L2 when they are read
 PIECE = 256  # tokens of a row with a prefix that are attended to at once
 MOST_SCORES = 2**24  # at once, where all are kept (64 MiB)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A step's rows as layers of one kind see them; `mask` is that of `row_groups.mask_of_pieces`."""
+    """A step's rows as layers of one kind see them; `mask` is that of `extend_rows.mask_of_pieces`."""
 
     decode: CpuDecode | None
     extend: list[ExtendRow]
@@ -40,7 +39,7 @@ class CpuAttention:
         _, self._kv_heads, self._layers, _, self._block_size, self._head_dim = pool.shape
         self._pool, self._workspace, self._ragged = pool, workspace, ragged
         self._longest = int(ragged.contexts.max())
-        self._rows: dict[tuple[int | None, bool, bool], Rows] = {}
+        self._rows: dict[tuple[int | None, bool], Rows] = {}
         block, offset = slot_mapping // self._block_size, slot_mapping % self._block_size
         first_tile = (block[:, None] * self._kv_heads + torch.arange(self._kv_heads)) * self._layers * 2
         self._slots = (first_tile * self._block_size + offset[:, None]).flatten()  # vectors of layer 0's keys
@@ -57,7 +56,7 @@ class CpuAttention:
         window, sinks = scoring.window, scoring.sinks is not None
         if window is not None and window >= self._longest:
             window = None
-        kind = (window, scoring.softcap is None and not sinks, sinks)
+        kind = (window, scoring.softcap is None and not sinks)
         if kind not in self._rows:
             self._rows[kind] = self._lay_out(*kind, query)
         rows, out = self._rows[kind], query.new_empty(query.shape)
@@ -67,16 +66,14 @@ class CpuAttention:
             self._extend(layer, row, rows.mask, query, scoring, out)
         return out
 
-    def _lay_out(self, window: int | None, plain: bool, sinks: bool, query: torch.Tensor) -> Rows:
+    def _lay_out(self, window: int | None, plain: bool, query: torch.Tensor) -> Rows:
         sizes, heads = (self._block_size, self._kv_heads), query.shape[1]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        element_bytes = wide.itemsize + (self._pool.element_size() if wide is not self._pool.dtype else 0)
-        most_tiles = GATHER_BYTES // (self._block_size * self._head_dim * element_bytes)
-        decoding = decode_rows(self._ragged, *sizes, window, most_tiles)
-        decode = CpuDecode(self._pool, self._workspace, decoding, heads, query.dtype, sinks)
+        decode = None
+        if CpuDecode.takes(self._ragged, self._pool.dtype):
+            decode = CpuDecode(self._pool, self._workspace, self._ragged, window, heads)
         piece = PIECE if plain else max(1, min(PIECE, MOST_SCORES // (heads * self._longest)))
-        extend = extend_rows(self._ragged, *sizes, window, piece, whole=plain)
-        return Rows(decode if decoding.groups else None, extend, mask_of_pieces(extend, window, query.dtype))
+        extend = extend_rows(self._ragged, *sizes, window, piece, plain, 1 if decode is None else 2)
+        return Rows(decode, extend, mask_of_pieces(extend, window, query.dtype))
 
     def _extend(
         self,

@@ -1,111 +1,76 @@
-"""Attention of rows of one token each, on the CPU: whatever all layers share is prepared once a step, so that a layer
-costs a few operators a group.
+"""Attention of rows of one token each, on the CPU: what all layers share is prepared once a step, and a layer is one
+call of a compiled kernel."""
 
-A group's keys are gathered into a buffer that stays in the cores' caches, are read from there, and then its values, by
-way of the same buffer. The query heads of one KV head are the rows of a product, so each is read once.
-"""
-
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 
-from kvferry.kernels.reference import Scoring
-from kvferry.kernels.row_groups import DecodeGroup, DecodeRows
-from kvferry.kernels.workspace import Workspace, tiles_of_layer
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One group and its views of the workspace; `N` is rows * kv_heads.
-
-    `gathered [N * pages, block_size * head_dim]` is what tiles are copied to; `widened`, if they are to be, the same in
-    fp32. `vectors [N * pages * block_size, head_dim]` and `kv [N, width, head_dim]` are views of that. `seen` is
-    `scores` without the sinks' column, as `seen_weights` is of `weights`, `[N, group, width]`. `hidden_scores` and
-    `hidden_vectors` are the places of what a row does not see in `scores` and `vectors`.
-    """
-
-    place: slice
-    tiles: torch.Tensor
-    gathered: torch.Tensor
-    widened: torch.Tensor | None
-    vectors: torch.Tensor
-    kv: torch.Tensor
-    scores: torch.Tensor
-    seen: torch.Tensor
-    weights: torch.Tensor
-    seen_weights: torch.Tensor
-    hidden_scores: torch.Tensor | None
-    hidden_vectors: torch.Tensor | None
+from kvferry.kernels.decode_kernel import CALL, ENTRIES, PIECE, decode_kernel, scratch_floats
+from kvferry.kernels.reference import Ragged, Scoring
+from kvferry.kernels.workspace import Workspace
 
 
 class CpuDecode:
-    """The rows of one token of a step, as layers with one window and with or without sinks see them. Scores are fp32 at
-    least."""
+    """The rows of one token of a step, as layers with one window see them. All arithmetic is fp32."""
 
-    def __init__(
-        self, pool: torch.Tensor, workspace: Workspace, rows: DecodeRows, heads: int, dtype: torch.dtype, sinks: bool
-    ):
-        self._pool, self._tokens = pool, rows.tokens
-        self._dtype = torch.promote_types(dtype, torch.float32)
-        self._groups = [self._prepare(group, workspace, heads, int(sinks)) for group in rows.groups]
+    def __init__(self, pool: torch.Tensor, workspace: Workspace, ragged: Ragged, window: int | None, heads: int):
+        _, kv_heads, _, _, block_size, head_dim = pool.shape
+        self._pool, self._kernel = pool, decode_kernel(pool.dtype)
+        rows = (ragged.lengths == 1).nonzero().flatten()
+        self._tokens, self._tables = ragged.starts[rows], ragged.tables[rows]
+        self._pieces, self._first = pieces(ragged.contexts[rows], window)
+        self._query, self._out = (
+            workspace.take(name, (len(rows), heads, head_dim), torch.float32) for name in ("query", "attended")
+        )
+        group = heads // kv_heads
+        partial = workspace.take("partial", (len(self._pieces), heads, head_dim + 2), torch.float32)
+        shape = (torch.get_num_threads(), scratch_floats(group, head_dim))
+        self._call = np.zeros((), CALL)
+        for name, value in {
+            "rows": len(rows),
+            "kv_heads": kv_heads,
+            "group": group,
+            "head_dim": head_dim,
+            "block_size": block_size,
+            "block_stride": pool.stride(0),
+            "head_stride": pool.stride(1),
+            "query": self._query.data_ptr(),
+            "out": self._out.data_ptr(),
+            "count": len(self._pieces),
+            "pieces": self._pieces.data_ptr(),
+            "first": self._first.data_ptr(),
+            "width": self._tables.shape[1],
+            "tables": self._tables.data_ptr(),
+            "partial": partial.data_ptr(),
+            "scratch": workspace.take("scratch", shape, torch.float32).data_ptr(),
+        }.items():
+            self._call[name] = value
 
-    def _prepare(self, group: DecodeGroup, workspace: Workspace, heads: int, sinks: int) -> Prepared:
-        _, kv_heads, _, _, block_size, head_dim = self._pool.shape
-        items, length = (group.stop - group.start) * kv_heads, group.pages * block_size
-        gathered = workspace.take("gathered", (items * group.pages, block_size * head_dim), self._pool.dtype)
-        widened = None
-        if self._dtype is not self._pool.dtype:
-            widened = workspace.take("gathered", gathered.shape, self._dtype)
-        vectors = (gathered if widened is None else widened).view(-1, head_dim)
-        columns = group.width + sinks
-        scores, weights = (
-            workspace.take(name, (items, heads // kv_heads, columns), self._dtype) for name in ("scores", "weights")
-        )
-        hidden_scores = hidden_vectors = None
-        if group.hidden is not None:
-            row, position = group.hidden
-            hidden_scores = ((row[:, None] * heads + torch.arange(heads)) * columns + position[:, None]).view(-1)
-            hidden_vectors = ((row[:, None] * kv_heads + torch.arange(kv_heads)) * length + position[:, None]).view(-1)
-        return Prepared(
-            place=slice(group.start, group.stop),
-            tiles=group.tiles,
-            gathered=gathered,
-            widened=widened,
-            vectors=vectors,
-            kv=vectors.view(items, length, head_dim)[:, : group.width],
-            scores=scores,
-            seen=scores[..., : group.width],
-            weights=weights,
-            seen_weights=weights[..., : group.width],
-            hidden_scores=hidden_scores,
-            hidden_vectors=hidden_vectors,
-        )
+    @staticmethod
+    def takes(ragged: Ragged, dtype: torch.dtype) -> bool:
+        """Whether there are such rows, and a kernel for a pool of this dtype."""
+        return dtype in ENTRIES and bool((ragged.lengths == 1).any())
 
     def attend(self, layer: int, query: torch.Tensor, scoring: Scoring, out: torch.Tensor) -> None:
         """From `query` to `out`, both `[T, H, head_dim]`: the rows of one token of them."""
-        kv_heads, head_dim = self._pool.shape[1], self._pool.shape[5]
-        softcap, sinks = scoring.softcap, scoring.sinks
-        asked = query.index_select(0, self._tokens).to(self._dtype).mul_(scoring.scale)
-        attended = torch.empty_like(asked)
-        keys, values = tiles_of_layer(self._pool, layer)
-        for group in self._groups:
-            per_head = (len(group.kv), -1, head_dim)
-            self._gather(keys, group)
-            torch.bmm(asked[group.place].view(per_head), group.kv.transpose(1, 2), out=group.seen)
-            if softcap is not None:
-                group.seen.div_(softcap).tanh_().mul_(softcap)
-            if group.hidden_scores is not None:
-                group.scores.view(-1).index_fill_(0, group.hidden_scores, -torch.inf)
-            if sinks is not None:
-                group.scores[..., -1].unflatten(0, (-1, kv_heads)).copy_(sinks.view(kv_heads, -1))
-            torch.softmax(group.scores, -1, out=group.weights)
-            self._gather(values, group)
-            if group.hidden_vectors is not None:  # a weight of 0 does not make NaN nothing
-                group.vectors.index_fill_(0, group.hidden_vectors, 0)
-            torch.bmm(group.seen_weights, group.kv, out=attended[group.place].view(per_head))
-        out.index_copy_(0, self._tokens, attended.to(query.dtype))
+        self._query.copy_(query[self._tokens]).mul_(scoring.scale)
+        start = layer * self._pool.stride(2)
+        sinks = None if scoring.sinks is None else scoring.sinks.to(torch.float32).contiguous()
+        self._call["keys"] = self._pool.data_ptr() + start * self._pool.element_size()
+        self._call["elements"] = self._pool.numel() - start
+        self._call["sinks"] = 0 if sinks is None else sinks.data_ptr()
+        self._call["softcap"] = scoring.softcap or 0.0
+        self._kernel.run(self._call)
+        out[self._tokens] = self._out.to(out.dtype)
 
-    def _gather(self, tiles: torch.Tensor, group: Prepared) -> None:
-        torch.index_select(tiles, 0, group.tiles, out=group.gathered)
-        if group.widened is not None:
-            group.widened.copy_(group.gathered)
+
+def pieces(contexts: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is read of rows with these contexts: row, first position and the one after the last, int64 `[N, 3]`, none
+    across a multiple of `PIECE`; and where each row's begin, int64 `[rows + 1]`."""
+    seen_from = torch.zeros_like(contexts) if window is None else (contexts - window).clamp_(min=0)
+    counts = (contexts - 1) // PIECE - seen_from // PIECE + 1
+    first = torch.zeros(len(contexts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=first[1:])
+    row = torch.repeat_interleave(torch.arange(len(contexts)), counts)
+    begin = (seen_from[row] // PIECE + torch.arange(len(row)) - first[row]) * PIECE
+    end = torch.minimum(begin + PIECE, contexts[row])
+    return torch.stack([row, torch.maximum(begin, seen_from[row]), end], dim=1).contiguous(), first

@@ -1,17 +1,15 @@
 """Linear layers on the CPU for the few rows of a decode step, where reading the weights is all the work.
 
 bf16: weights laid out for oneDNN once, at load, by the two operators that torch's inductor uses for that ("freezing"),
-called directly. fp32: the weights stay as they are. For a few rows more than three
-`F.linear` reads them slower than a batched product over panels of 64 outputs, which are a mere view of the weight.
-bench/engine.py measures what they give together.
+called directly. fp32: the weights stay as they are; few rows go through a kernel of our own, of which `F.linear` takes
+twice the time and more. bench/engine.py measures what they give together.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-PANELS = (64, 32, 16)  # outputs; the first that divides them
-FEW_ROWS = range(4, 13)
+from kvferry.kernels.few_rows import can_take, few_rows
 
 
 class PackedLinear(nn.Module):
@@ -21,21 +19,18 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight, self.panels = weight.detach().contiguous(), None
+        self.weight = weight.detach().contiguous()
         self.bias = None if bias is None else bias.detach()
         if weight.dtype is not torch.float32:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-        elif size := next((size for size in PANELS if self.out_features % size == 0), None):
-            self.panels = self.weight.view(-1, size, self.in_features).transpose(1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         rows = x.numel() // self.in_features
-        if rows not in FEW_ROWS or self.panels is None:
+        if not can_take(rows, self.in_features):
             return F.linear(x, self.weight, self.bias)
-        out = torch.bmm(x.reshape(rows, -1).expand(len(self.panels), -1, -1), self.panels)
-        out = out.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        out = few_rows(x.reshape(rows, -1).contiguous(), self.weight).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out.add_(self.bias)
 
 

@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "router": {"kvstore.client", "common"},
     "cli": {"router", "prefill", "decode", "engine", "kvstore", "kernels", "common"},
 }
-KERNELS_STAND_ON = {"torch", "triton", "math", "dataclasses", "typing", "collections", "enum", "functools", "itertools"}
+KERNELS_STAND_ON = {
+    *("torch", "triton", "numpy", "numba", "llvmlite"),
+    *("math", "dataclasses", "typing", "collections", "enum", "functools", "itertools", "ctypes", "logging", "pathlib"),
+}
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"torch.load", "torch.save", "numpy.load", "np.load"}
 ALL_INTERFACES = {"0.0.0.0", "::", "[::]"}

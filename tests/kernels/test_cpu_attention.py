@@ -25,13 +25,13 @@ def on_cpu(paged: Paged, dtype: torch.dtype, workspace: Workspace) -> CpuAttenti
 @given(
     case=st.one_of(CASES, DECODE_CASES),
     layer=st.integers(0, LAYERS - 1),
-    sizes=st.sampled_from([(1, 1, 1), (500, 3, 40), (2**21, 256, 2**24)]),
+    sizes=st.sampled_from([(1, 1), (3, 40), (256, 2**24)]),
 )
 def test_attention_is_the_sum_written_out(case, layer, sizes):
     """Whatever is done at once: `sizes` are the module's own limits, small ones split groups and rows."""
     paged = Paged(case, layer)
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in zip(("GATHER_BYTES", "PIECE", "MOST_SCORES"), sizes, strict=True):
+        for name, size in zip(("PIECE", "MOST_SCORES"), sizes, strict=True):
             patch.setattr(cpu_attention, name, size)
         attention = on_cpu(paged, torch.float32, Workspace())
         assert (~paged.pool.isnan()).sum() == 2 * case.kv_heads * case.head_dim * sum(paged.contexts)

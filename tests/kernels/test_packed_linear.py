@@ -4,14 +4,15 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from kvferry.kernels.packed_linear import FEW_ROWS, PackedLinear, can_pack, pack_linears
+from kvferry.kernels.few_rows import MOST_ROWS
+from kvferry.kernels.packed_linear import PackedLinear, can_pack, pack_linears
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, FEW_ROWS[0], 8, FEW_ROWS[-1], 33, 300])
-@pytest.mark.parametrize("outputs", [128, 96, 48, 130])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, MOST_ROWS - 1, MOST_ROWS, MOST_ROWS + 1, 300])
+@pytest.mark.parametrize("outputs", [128, 96, 48, 131, 1])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer(dtype, rows, outputs, bias):
     assert can_pack(CPU, dtype), "these tests are meant to run where oneDNN is"
