@@ -1,49 +1,10 @@
-"""A checkpoint on disk: its folder, its config, its weight files, and what a person is told when one is not right."""
+"""What a checkpoint says of itself: its config and the tokens that end its sequences."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from kvferry.common.errors import ConfigError
-
-WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-UNWANTED_FILES = ("consolidated*", "*/*.safetensors")  # the same weights again, in other layouts
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@contextmanager
-def told_as(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a ConfigError: `what`, and the first line of the reason."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ConfigError(f"{what}: {reason}") from error
-
-
-def find_folder(model: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint; a hub id is looked up in the hub's cache or fetched. Only a hub id can have a
-    revision."""
-    if (path := Path(model).expanduser()).is_dir():
-        if revision is not None:
-            raise ConfigError(f"--revision {revision} is for models of the hub, and {model} is a folder")
-        return path
-    at = "" if revision is None else f" at revision {revision}"
-    where = "of the hub's cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "that the hub gives"
-    with told_as(f"{model!r}{at} is neither a folder nor a model {where}"):
-        folder = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=list(WANTED_FILES),
-            ignore_patterns=list(UNWANTED_FILES),
-            local_files_only=constants.HF_HUB_OFFLINE,  # older versions look a commit's files up even then
-        )
-    return Path(folder)
+from kvferry.engine.loading.files import told_as
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -59,35 +20,3 @@ def end_tokens(folder: Path, hf_config: PreTrainedConfig) -> tuple[int, ...]:
             ids = GenerationConfig.from_pretrained(folder).eos_token_id
     ids = hf_config.eos_token_id if ids is None else ids
     return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the model is read from, in order of name: one, or the shards of an index. Raises
-    ConfigError for one that is missing, cut short, or without the tensors that the index says it has."""
-    if (folder / SINGLE).is_file():
-        shards: dict[str, set[str]] = {SINGLE: set()}
-    elif (folder / INDEX).is_file():
-        shards = read_index(folder / INDEX)
-    else:
-        raise ConfigError(f"{folder} holds no {SINGLE} and no {INDEX} (other formats are not read: they can run code)")
-    for name, tensors in sorted(shards.items()):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder / INDEX} names {name}, which is not there")
-        with told_as(f"{folder / name} is not a whole safetensors file"), safe_open(folder / name, "pt") as file:
-            missing = sorted(tensors - set(file.keys()))
-        if missing:
-            raise ConfigError(f"{folder / name} lacks {missing[0]}, which {INDEX} says it has")
-    return [folder / name for name in sorted(shards)]
-
-
-def read_index(index: Path) -> dict[str, set[str]]:
-    """The tensors of each shard."""
-    shards: dict[str, set[str]] = {}
-    with told_as(f"{index} is not an index of shards"):
-        for tensor, name in json.loads(index.read_text())["weight_map"].items():
-            if Path(name).name != name:
-                raise ValueError(f"{name} is not a file's name")
-            shards.setdefault(name, set()).add(tensor)
-    if not shards:
-        raise ConfigError(f"{index} names no shards")
-    return shards

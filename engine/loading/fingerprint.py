@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from kvferry.common.config import cache_dir
 from kvferry.common.hashing import length_prefixed
-from kvferry.engine.loading.checkpoint import weight_files
+from kvferry.engine.loading.files import weight_files
 from kvferry.engine.loading.progress import Progress
 
 KV_CODE_VERSION = 3  # raised whenever our own arithmetic changes what ends up in a block

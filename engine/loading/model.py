@@ -26,7 +26,8 @@ from kvferry.engine.loading.architectures import (
     check_known,
     check_max_model_len,
 )
-from kvferry.engine.loading.checkpoint import end_tokens, find_folder, read_config, told_as
+from kvferry.engine.loading.checkpoint import end_tokens, read_config
+from kvferry.engine.loading.files import find_folder, told_as
 from kvferry.engine.loading.fingerprint import fingerprint_of
 from kvferry.engine.loading.progress import Progress
 from kvferry.engine.loading.self_check import self_check

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, IncompatibleNode
-from kvferry.engine.loading.checkpoint import read_config, weight_files
+from kvferry.engine.loading.checkpoint import read_config
+from kvferry.engine.loading.files import weight_files
 from kvferry.engine.loading.fingerprint import fingerprint_of
 from kvferry.engine.loading.model import load_model
 from kvferry.kernels.packed_linear import PackedLinear, can_pack
