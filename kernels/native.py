@@ -97,14 +97,24 @@ def wide(_: object, number: types.Type) -> tuple[Signature, Callable]:
     """For kernels: an element of a `floats_at`, `bfloats_at` or `halves_at` array as fp32."""
 
     def make(__: BaseContext, builder: ir.IRBuilder, ___: Signature, arguments: list[ir.Value]) -> ir.Value:
-        if number is types.float32:
-            return arguments[0]
-        if number is types.uint16:
-            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-        bits = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+        return widened(builder, arguments[0], number)
 
     return types.float32(number), make
+
+
+def widened(builder: ir.IRBuilder, value: ir.Value, element: types.Type) -> ir.Value:
+    """Write what makes fp32 of an element, or of a vector of them."""
+
+    def like(scalar: ir.Type) -> ir.Type:
+        return ir.VectorType(scalar, value.type.count) if isinstance(value.type, ir.VectorType) else scalar
+
+    if element is types.float32:
+        return value
+    if element is types.uint16:
+        return builder.fpext(builder.bitcast(value, like(ir.HalfType())), like(ir.FloatType()))
+    bits = like(ir.IntType(32))
+    shift = ir.Constant(bits, [16] * bits.count if isinstance(bits, ir.VectorType) else 16)
+    return builder.bitcast(builder.shl(builder.zext(value, bits), shift), like(ir.FloatType()))
 
 
 @intrinsic

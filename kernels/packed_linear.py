@@ -1,27 +1,27 @@
 """Linear layers on the CPU for the few rows of a decode step, where reading the weights is all the work.
 
-bf16: weights laid out for oneDNN once, at load, by the two operators that torch's inductor uses for that ("freezing"),
-called directly. fp32: the weights stay as they are; few rows go through a kernel of our own, of which `F.linear` takes
-twice the time and more. bench/engine.py measures what they give together.
+bf16, where the machine multiplies it: weights laid out for oneDNN once, at load, by the two operators that torch's
+inductor uses for that ("freezing"), called directly. Else the weights stay as they are, and few rows go through a
+kernel of our own, of which `F.linear` takes twice the time. bench/engine.py measures what they give together.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvferry.kernels.few_rows import can_take, few_rows
+from kvferry.kernels.few_rows import ENTRIES, can_take, few_rows
 
 
 class PackedLinear(nn.Module):
-    """`x[..., inputs]` -> `[..., outputs]`, as the nn.Linear whose weight `[outputs, inputs]` and bias it was given. In
-    fp32 it shares their memory."""
+    """`x[..., inputs]` -> `[..., outputs]`, as the nn.Linear whose weight `[outputs, inputs]` and bias it was given. It
+    shares their memory, unless it has laid the weight out anew."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight.detach().contiguous()
         self.bias = None if bias is None else bias.detach()
-        if weight.dtype is not torch.float32:
+        if weight.dtype is torch.bfloat16 and lays_out_bf16():
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -30,20 +30,23 @@ class PackedLinear(nn.Module):
         rows = x.numel() // self.in_features
         if not can_take(rows, self.in_features):
             return F.linear(x, self.weight, self.bias)
-        out = few_rows(x.reshape(rows, -1).contiguous(), self.weight).view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out.add_(self.bias)
+        out = few_rows(x.reshape(rows, -1), self.weight)
+        out = out if self.bias is None else out.add_(self.bias)
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is a layer of ours for this device and dtype, in this torch and on this machine."""
-    if device.type != "cpu" or dtype is torch.float32:
-        return device.type == "cpu"
+def lays_out_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 on this machine, and this torch has the operators."""
     return (
-        dtype is torch.bfloat16
-        and torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a layer of ours for this device and dtype."""
+    return device.type == "cpu" and dtype in ENTRIES
 
 
 def pack_linears(module: nn.Module) -> None:

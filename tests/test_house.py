@@ -320,7 +320,7 @@ PLANTED = [
     (imports_that_point_up, {"kernels/a": "from ..common import block"}),
     (imports_without_the_house, {"engine/a": "import kernels.reference"}),
     (imports_without_the_house, {"tests/a": "from engine import model"}),
-    (strangers_in_kernels, {"kernels/a": "import numpy"}),
+    (strangers_in_kernels, {"kernels/a": "import transformers"}),
     (strangers_in_kernels, {"kernels/a": "from kvferry.common.block import BlockLayout"}),
     (
         tensors_under_the_scheduler,

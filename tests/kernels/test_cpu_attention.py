@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from kvferry.kernels import cpu_attention
 from kvferry.kernels.cpu_attention import CpuAttention
-from kvferry.kernels.reference import Scoring, extend_attention
+from kvferry.kernels.decode_kernel import PIECE
+from kvferry.kernels.reference import Ragged, Scoring, extend_attention
 from kvferry.kernels.workspace import Workspace
 
 
@@ -41,7 +42,7 @@ def test_attention_is_the_sum_written_out(case, layer, sizes):
 
 
 @pytest.mark.parametrize("features", [{}, {"window": 6}, {"window": 6, "softcap": 0.7, "sinks": True}])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_as_good_as_the_twin(dtype, features):
     paged = Paged(Case(2, 2, 16, 4, ((0, 9), (20, 1), (13, 6), (20, 1), (3, 1)), seed=3, **features), 0)
     attention = on_cpu(paged, dtype, Workspace())
@@ -51,6 +52,53 @@ def test_other_dtypes_are_as_good_as_the_twin(dtype, features):
     assert got.dtype is dtype
     bound = 1e-10 if dtype is torch.float64 else 2e-2
     torch.testing.assert_close(got, twin, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("window", [None, 3, 512, 700])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_long_rows_are_read_in_pieces(window, threads):
+    """Some end with a piece, some a token before or after; by more threads than there is work, too."""
+    rows = tuple((PIECE * times + more, 1) for times in (0, 1, 3) for more in (-1, 0, 1, 100) if times or more > 0)
+    paged = Paged(Case(2, 3, 8, 16, rows, seed=7, window=window, softcap=3.0, sinks=True), 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        attention = on_cpu(paged, torch.float32, Workspace())
+        paged.lose_what_is_not_seen()
+        got = attention.attend(2, paged.query.float(), Scoring(0.3, *paged.told()))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got.double(), paged.attended(0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_is_what_it_is_alone():
+    """To the last bit: nobody's answer depends on who else is there, nor on the threads."""
+    rows = ((900, 1), (3, 1), (1100, 1), (511, 1))
+    paged = Paged(Case(2, 2, 16, 16, rows, seed=8), 0)
+    together = on_cpu(paged, torch.float32, Workspace()).attend(0, paged.query.float(), Scoring(0.25))
+    for i in range(len(rows)):
+        one = Ragged(
+            torch.tensor([0]), torch.tensor([1]), paged.ragged.contexts[i : i + 1], paged.ragged.tables[i : i + 1]
+        )
+        slots = torch.tensor([0])
+        alone = CpuAttention(paged.pool, Workspace(), one, slots).attend(
+            0, paged.query[i : i + 1].float(), Scoring(0.25)
+        )
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("place", ["query", "keys", "values"])
+def test_nan_is_told(place):
+    """A row that is broken is seen to be, and breaks no other."""
+    paged = Paged(Case(2, 2, 16, 16, ((700, 1), (600, 1), (20, 1)), seed=9), 0)
+    if place == "query":
+        paged.query[1] = torch.nan
+    else:
+        getattr(paged, place)[1][444] = torch.nan
+    got = on_cpu(paged, torch.float32, Workspace()).attend(0, paged.query.float(), Scoring(0.25))
+    assert got[1].isnan().all()
+    assert not got[0].isnan().any()
+    assert not got[2].isnan().any()
 
 
 def test_layers_of_one_step_may_differ():

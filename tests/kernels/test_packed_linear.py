@@ -10,7 +10,7 @@ from kvferry.kernels.packed_linear import PackedLinear, can_pack, pack_linears
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, MOST_ROWS - 1, MOST_ROWS, MOST_ROWS + 1, 300])
 @pytest.mark.parametrize("outputs", [128, 96, 48, 131, 1])
 @pytest.mark.parametrize("bias", [False, True])
@@ -26,13 +26,35 @@ def test_a_linear_layer(dtype, rows, outputs, bias):
 
 def test_what_can_be_packed():
     assert can_pack(CPU, torch.float32)
-    assert not can_pack(CPU, torch.float16)
+    assert can_pack(CPU, torch.float16)
+    assert not can_pack(CPU, torch.float64)
     assert not can_pack(torch.device("cuda"), torch.float32)
 
 
-def test_an_fp32_weight_is_not_copied():
-    weight = torch.nn.Parameter(torch.zeros(64, 8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_weight_is_not_copied(dtype):
+    weight = torch.nn.Parameter(torch.zeros(64, 8, dtype=dtype))
     assert PackedLinear(weight, None).weight.data_ptr() == weight.data_ptr()
+
+
+def test_a_bf16_weight_where_onednn_does_not_multiply_it(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(48, 96, dtype=torch.bfloat16))
+    ours, x = PackedLinear(weight, None), torch.randn(5, 96, dtype=torch.bfloat16)
+    assert ours.weight.data_ptr() == weight.data_ptr()
+    torch.testing.assert_close(ours(x), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("place", ["weight", "x"])
+def test_nan_is_told(place):
+    """In the outputs it reaches, and in no other."""
+    weight, x = torch.ones(40, 32), torch.ones(9, 32)
+    (weight if place == "weight" else x)[3, 17] = torch.nan
+    seen = PackedLinear(weight, None)(x).isnan()
+    own = seen[:, 3] if place == "weight" else seen[3]
+    assert own.all()
+    assert seen.sum() == len(own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
