@@ -80,7 +80,7 @@ def demo(model: Annotated[str, typer.Option(help="demo, a folder, or a Hugging F
 
 
 def make_key(tenants_file: Path, tenant: str) -> str:
-    from kvferry.router.tenants import new_file, read_file, with_key, write_file
+    from kvferry.router.tenants_file import new_file, read_file, with_key, write_file
 
     file = read_file(tenants_file) if tenants_file.exists() else new_file()
     file, key = with_key(file, tenant)

@@ -22,7 +22,7 @@ def create(
     tenants_file: TenantsPath,
 ) -> None:
     """Make a key for TENANT and print it, this once. Makes the file if it is not there."""
-    from kvferry.router.tenants import new_file, read_file, with_key, write_file
+    from kvferry.router.tenants_file import new_file, read_file, with_key, write_file
 
     with plain_errors("keys create"), _alone(tenants_file):
         file = read_file(tenants_file) if tenants_file.exists() else new_file()
@@ -34,7 +34,7 @@ def create(
 @app.command("list", epilog="Example: kvferry keys list --tenants-file tenants.toml")
 def list_keys(tenants_file: TenantsPath) -> None:
     """Show key ids and their tenants. Nobody can show a key's secret again."""
-    from kvferry.router.tenants import read_file
+    from kvferry.router.tenants_file import read_file
 
     with plain_errors("keys list"):
         file = read_file(tenants_file)
@@ -48,7 +48,7 @@ def revoke(
     tenants_file: TenantsPath,
 ) -> None:
     """Take a key out of the file. A running router goes on accepting it until it is started again."""
-    from kvferry.router.tenants import read_file, without_key, write_file
+    from kvferry.router.tenants_file import read_file, without_key, write_file
 
     with plain_errors("keys revoke"), _alone(tenants_file):
         write_file(tenants_file, without_key(read_file(tenants_file), key_id))

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 
 from aiohttp import web
@@ -25,7 +26,6 @@ from kvferry.common.errors import (
     Unavailable,
     outcome_of,
 )
-from kvferry.common.hashing import TenantId
 from kvferry.common.process import Notifier
 from kvferry.kvstore.client import StoreClient
 from kvferry.router.accounting import Metrics, Record
@@ -34,14 +34,15 @@ from kvferry.router.answers import Answer, Model, error_body, models_list, usage
 from kvferry.router.choices import Part, Telling, joined, tellings
 from kvferry.router.flow import Flow, Job
 from kvferry.router.jobs import jobs_of
-from kvferry.router.limits import DEFAULT_LIMITS
+from kvferry.router.limits import Limits
 from kvferry.router.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from kvferry.router.merge import side_by_side
 from kvferry.router.nodes import Nodes
 from kvferry.router.openai import GenerationRequest, Kind, parse_request
 from kvferry.router.placement import least_loaded
+from kvferry.router.quota import Grant, Quotas, blocks_for
 from kvferry.router.sse import EventStream
-from kvferry.router.tenants import Tenants
+from kvferry.router.tenants import LiveTenants, Tenant, Tenants
 from kvferry.router.text import Tokenizer, load_tokenizer
 
 READY_LOOK_S = 30.0
@@ -51,14 +52,14 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger(__name__)
 
 
-async def serve(config: RouterConfig, notifier: Notifier, stop: asyncio.Event) -> None:
+async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: asyncio.Event) -> None:
     """Run the router until `stop` is set. Raises KvferryError with one sentence when it cannot start."""
-    tenants = Tenants.load(config.tenants_file) if config.tenants_file else Tenants.single()
+    tenants = LiveTenants(config.tenants_file)
     tokenizer = await asyncio.to_thread(load_tokenizer, config.model, config.revision)
     store = StoreClient(config.store, 0, 0, "router")
     nodes, metrics, clock = Nodes(config.prefill, config.decode), Metrics(), MonotonicClock()
     flow = Flow(config, nodes, store, metrics, clock)
-    front = Front(config, tenants, tokenizer, nodes, flow, metrics)
+    front = Front(config, limits, tenants, tokenizer, nodes, flow, metrics)
     runners = []
     await store.start()
     nodes.start()
@@ -67,8 +68,10 @@ async def serve(config: RouterConfig, notifier: Notifier, stop: asyncio.Event) -
         runners.append(await listen(admin, config.admin_host, config.admin_port))
         runners.append(await listen(front.app(), config.host, config.port))
         ready = asyncio.create_task(tell_when_ready(nodes, notifier))
+        watching = asyncio.create_task(tenants.watch(front.take_tenants))
         await stop.wait()
         ready.cancel()
+        watching.cancel()
         await front.drain()
     finally:
         for runner in reversed(runners):
@@ -102,15 +105,28 @@ class Front:
     """The routes. Holds no state of a request."""
 
     def __init__(
-        self, config: RouterConfig, tenants: Tenants, tokenizer: Tokenizer, nodes: Nodes, flow: Flow, metrics: Metrics
+        self,
+        config: RouterConfig,
+        limits: Limits,
+        tenants: LiveTenants,
+        tokenizer: Tokenizer,
+        nodes: Nodes,
+        flow: Flow,
+        metrics: Metrics,
     ):
         self._config, self._tenants, self._tokenizer = config, tenants, tokenizer
         self._nodes, self._flow, self._metrics = nodes, flow, metrics
-        self._limits = DEFAULT_LIMITS
+        self._limits = limits
         self._clock = MonotonicClock()
+        self._quotas = Quotas(self._clock)
         self._created = int(time.time())
         self._open = 0
         self._idle = asyncio.Event()
+
+    def take_tenants(self, tenants: Tenants, erased: frozenset[str]) -> None:
+        """The tenants file has changed: other limits count, and what erased tenants have under way ends."""
+        self._quotas.update(tenants.limits)
+        self._flow.end_tenants(erased)
 
     async def drain(self) -> None:
         """Let open requests end for `drain_s`; then each of them gets an error, and no new one is taken."""
@@ -129,6 +145,7 @@ class Front:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
+        app.on_response_prepare.append(tell_quota)
         return app
 
     @web.middleware
@@ -180,6 +197,11 @@ class Front:
 
     async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
         tenant = self._tenants.authenticate(request.headers.get("Authorization"))
+        quota = request["quota"] = self._quotas.of(tenant.name, tenant.limits)
+        with quota.admit() as grant:
+            return await self._admitted(request, kind, tenant, grant)
+
+    async def _admitted(self, request: web.Request, kind: Kind, tenant: Tenant, grant: Grant) -> web.StreamResponse:
         asked = parse_request(kind, await request.read(), self._limits)
         if asked.model not in (self._config.served_model_name, self._config.model):
             raise NotFound(f"the model {asked.model[:64]!r} is not served here; {self._config.served_model_name!r} is")
@@ -190,11 +212,11 @@ class Front:
         self._metrics.open_requests.set(self._open)
         arrived, outcome, records = self._clock.now(), "cancelled", []
         try:
-            jobs = await self._jobs(asked, tenant, request["id"])
+            jobs = await self._jobs(asked, tenant, grant, request["id"])
             records += [Record(job.request_id, len(job.token_ids), arrived) for job in jobs]
             told = tellings(jobs, records, asked, self._tokenizer)
             answer = self._stream if asked.stream else self._whole
-            response = await answer(request, asked, told)
+            response = await answer(request, asked, told, grant)
             outcome = "ok"
             return response
         except KvferryError as error:
@@ -212,12 +234,17 @@ class Front:
             for record in records:
                 self._metrics.count(record)
 
-    async def _jobs(self, asked: GenerationRequest, tenant: TenantId, request_id: str) -> list[Job]:
+    async def _jobs(self, asked: GenerationRequest, tenant: Tenant, grant: Grant, request_id: str) -> list[Job]:
         model = await self._flow.ready_model(self._config.node_wait_s)
         pools = [node.status.total_blocks for node in least_loaded(self._nodes.decode)]
-        keys = self._tenants.keys_of(tenant)
-        largest = max(pools) * model.layout.block_size
-        return await jobs_of(asked, self._limits, keys, request_id, self._tokenizer, model, largest)
+        blocks, block_size = max(pools), model.layout.block_size
+        if (most := tenant.limits.kv_blocks) is not None:
+            blocks = min(blocks, most // (len(asked.prompts) * asked.n))
+        jobs = await jobs_of(asked, self._limits, tenant.keys, request_id, self._tokenizer, model, blocks * block_size)
+        lengths = [len(job.token_ids) for job in jobs]
+        needed = [blocks_for(len(job.token_ids), job.params.max_tokens, job.params.n, block_size) for job in jobs]
+        grant.take_prompts(lengths, sum(needed))
+        return [replace(job, weight=tenant.limits.weight) for job in jobs]
 
     def _answer(self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling]) -> Answer:
         shape = None
@@ -229,10 +256,10 @@ class Front:
         return Answer(asked.kind, asked.model, request["id"], created, asked.include_usage, shape, prompts, asked.n)
 
     async def _whole(
-        self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling]
+        self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling], grant: Grant
     ) -> web.StreamResponse:
         answer = self._answer(request, asked, told)
-        async with aclosing(self._parts(asked, told)) as arriving:
+        async with aclosing(self._parts(asked, told, grant)) as arriving:
             parts = joined([part async for part in arriving], len(told) * asked.n)
         prompts = None
         if (top := asked.prompt_logprobs) is not None:
@@ -241,12 +268,12 @@ class Front:
         return web.Response(body=body, content_type="application/json")
 
     async def _stream(
-        self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling]
+        self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling], grant: Grant
     ) -> web.StreamResponse:
         answer = self._answer(request, asked, told)
         events = EventStream(request, {"X-Request-Id": request["id"]})
         try:
-            async with aclosing(self._parts(asked, told)) as parts:
+            async with aclosing(self._parts(asked, told, grant)) as parts:
                 async for part in parts:
                     for chunk in answer.chunks(part):
                         await events.data(chunk)
@@ -266,7 +293,9 @@ class Front:
             await events.response.write_eof()
         return events.response
 
-    async def _parts(self, asked: GenerationRequest, told: Sequence[Telling]) -> AsyncGenerator[Part, None]:
+    async def _parts(
+        self, asked: GenerationRequest, told: Sequence[Telling], grant: Grant
+    ) -> AsyncGenerator[Part, None]:
         """What the choices of all prompts say, as it comes. The first prompt that fails fails the request."""
         at_once = max(1, self._limits.choices_at_once // asked.n)
         streams = [one.parts(self._flow) for one in told]
@@ -275,6 +304,7 @@ class Front:
             async for part in parts:
                 if part.token_ids:
                     self._measure(part, told[0].record.arrived, last)
+                    grant.take_tokens(len(part.token_ids))
                 yield part
 
     def _measure(self, part: Part, arrived: float, last: dict[int, float]) -> None:
@@ -287,11 +317,18 @@ class Front:
         last[part.index] = now
 
 
+async def tell_quota(request: web.Request, response: web.StreamResponse) -> None:
+    """What is left of the tenant's quota, in the headers of an answer, whether it is an error or not."""
+    if (quota := request.get("quota")) is not None:
+        response.headers.update(quota.headers())
+
+
 def error_response(error: BaseException, request_id: str) -> web.Response:
     outcome = outcome_of(error)
     headers = {"X-Request-Id": request_id}
-    if outcome.retry_after_s is not None:
-        headers["Retry-After"] = str(outcome.retry_after_s)
+    retry_after_s = getattr(error, "retry_after_s", None) or outcome.retry_after_s
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
     if outcome.http == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return web.Response(status=outcome.http, body=error_body(error), content_type="application/json", headers=headers)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from kvferry.common.clock import Clock
 from kvferry.common.config import RouterConfig
-from kvferry.common.errors import Internal, KvferryError, Overloaded, Unavailable
+from kvferry.common.errors import Internal, KvferryError, Overloaded, Unauthenticated, Unavailable
 from kvferry.common.hashing import BlockName, CacheScope, TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.sampling import SamplingParams
@@ -31,6 +31,7 @@ from kvferry.router.placement import least_loaded, place
 ATTEMPTS = 3  # the first, and two more
 RETRIED = (Unavailable, Internal)
 STOPPING = "this server is shutting down; try again later"
+ERASED = "the tenant of this API key was erased"
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Job:
     """One prompt of a request that was found valid: whose it is, its tokens, how to sample. `keys` and `token_ids` are
-    secret. Of one tenant's jobs the lower `priority` goes first."""
+    secret. Of one tenant's jobs the lower `priority` goes first; `weight` is the tenant's share among tenants."""
 
     request_id: str
     keys: TenantKeys = field(repr=False)
@@ -46,6 +47,7 @@ class Job:
     token_ids: list[int] = field(repr=False)
     params: SamplingParams
     priority: int = 0
+    weight: float = 1.0
 
     @property
     def choices(self) -> range:
@@ -92,7 +94,8 @@ class Flow:
         self._config, self._nodes, self._store = config, nodes, store
         self._metrics, self._clock = metrics, clock
         self._finishing: set[asyncio.Task[None]] = set()
-        self._active: set[Handover] = set()
+        self._active: dict[Handover, str] = {}  # and whose they are: the tenant's pseudonym
+        self._erased: frozenset[str] = frozenset()
         self._stopping = False
 
     def stop(self) -> None:
@@ -100,6 +103,20 @@ class Flow:
         self._stopping = True
         for handover in self._active:
             handover.abort(Unavailable(STOPPING))
+
+    def end_tenants(self, pseudonyms: frozenset[str]) -> None:
+        """These tenants were erased: end their requests with an error, and take no more."""
+        self._erased |= pseudonyms
+        for handover, tenant in self._active.items():
+            if tenant in pseudonyms:
+                handover.abort(Unauthenticated(ERASED))
+
+    def _check_wanted(self, job: Job) -> None:
+        """Raise what ends a job that is not to go on."""
+        if self._stopping:
+            raise Unavailable(STOPPING)
+        if job.keys.pseudonym in self._erased:
+            raise Unauthenticated(ERASED)
 
     async def run(self, job: Job, record: Record, progress: Progress, attempt: int = 1) -> AsyncGenerator[Piece, None]:
         """Yield the tokens of the job's choices that go on, each choice's in order; what was asked of the prompt comes
@@ -147,14 +164,14 @@ class Flow:
         if not scores:
             seen = await self._store.lookup(names[: (len(tokens) - 1) // model.layout.block_size], lease=False)
             cached = len(seen.blocks) * model.layout.block_size
-        sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), params, job.priority)
+        sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), params, job.priority, job.weight)
 
-        if self._stopping:
-            raise Unavailable(STOPPING)
+        self._check_wanted(job)
         handover = await self._admitted(sequence, model, cached, names, record, fills=not scores)
-        self._active.add(handover)
+        self._active[handover] = job.keys.pseudonym
         scored = 0
         try:
+            self._check_wanted(job)  # it may have waited long for its place
             async for piece in handover.pieces(self._clock, give_up):
                 if told := piece.prompt_logprobs:
                     piece = replace(piece, prompt_logprobs=told[max(progress.scored - scored, 0) :])
@@ -162,7 +179,7 @@ class Flow:
                     progress.scored = max(progress.scored, scored)
                 yield piece
         finally:
-            self._active.discard(handover)
+            del self._active[handover]
             if handover.ended:
                 self._finish_later(handover)
             else:

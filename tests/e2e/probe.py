@@ -27,7 +27,7 @@ class Probe:
         self._layout = BlockLayout(**node["layout"])
 
     def names(self, tokens: Sequence[int], tenant: str = "acme", salt: str = "") -> list[BlockName]:
-        scope = CacheScope(self._tenants.keys_of(TenantId(tenant)), self._fingerprint, self._layout, salt)
+        scope = CacheScope(self._tenants[TenantId(tenant)].keys, self._fingerprint, self._layout, salt)
         return scope.chain(tokens)
 
     def present(self, names: Sequence[BlockName]) -> list[bool]:
