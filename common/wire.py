@@ -1,7 +1,7 @@
 """Between our values and the protobuf messages of proto/worker.proto."""
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -18,6 +18,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
+PARAM = "kvferry-param"  # in the trailing metadata of a refusal: the field at fault
 SERVER_OPTIONS = (
     *CHANNEL_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
@@ -97,16 +98,19 @@ def scope_from_wire(sequence: pb.Sequence, layout: BlockLayout) -> CacheScope:
 
 def error_of(error: grpc.aio.AioRpcError) -> KvferryError:
     """What a failed call means: the peer's own error where it sent one, `Unavailable` where the connection broke."""
-    return _told(error.code(), error.details())
+    return _told(error.code(), error.details(), error.trailing_metadata())
 
 
 async def why_ended(call: grpc.aio.Call) -> KvferryError:
     """What it means that a call gave EOF before it was expected to."""
-    return _told(await call.code(), await call.details())
+    return _told(await call.code(), await call.details(), await call.trailing_metadata())
 
 
-def _told(code: grpc.StatusCode, details: str | None) -> KvferryError:
-    return error_from_grpc(code.name, details or "the connection to the node broke")
+Trailing = Iterable[tuple[str, str | bytes]]  # metadata
+
+
+def _told(code: grpc.StatusCode, details: str | None, trailing: Trailing | None) -> KvferryError:
+    return error_from_grpc(code.name, details or "the connection to the node broke", dict(trailing or ()).get(PARAM))
 
 
 StreamMethod = Callable[..., AsyncIterator[Any]]
@@ -131,7 +135,9 @@ def answers_errors(method: StreamMethod) -> StreamMethod:
 
 
 def _abort(context: grpc.aio.ServicerContext, error: KvferryError) -> Awaitable[None]:
-    return context.abort(getattr(grpc.StatusCode, outcome_of(error).grpc), str(error))
+    param = getattr(error, "param", None)
+    trailing = ((PARAM, param),) if param else ()
+    return context.abort(getattr(grpc.StatusCode, outcome_of(error).grpc), str(error), trailing)
 
 
 async def first_command(commands: AsyncIterator[Any]) -> Any:

@@ -13,9 +13,11 @@ from kvferry.common.block import DTYPE_BYTES, BlockLayout
 from kvferry.common.errors import OUTCOMES, Internal, InvalidRequest, Unavailable, outcome_of
 from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.proto.worker_pb2_grpc import DecodeServicer, DecodeStub, add_DecodeServicer_to_server
 from kvferry.common.sampling import SamplingParams, TokenLogprobs
 from kvferry.common.wire import (
     answers_errors,
+    error_of,
     first_command,
     layout_from_wire,
     layout_to_wire,
@@ -25,6 +27,7 @@ from kvferry.common.wire import (
     sampling_to_wire,
     scope_from_wire,
     sequence_to_wire,
+    why_ended,
 )
 
 U32 = st.integers(0, 2**32 - 1)
@@ -140,7 +143,7 @@ def test_a_worker_names_blocks_as_the_router_does(keys, fingerprint, salt, layou
 class Context:
     """What grpc gives a method: `abort` ends it."""
 
-    async def abort(self, code, details):
+    async def abort(self, code, details, trailing_metadata):
         self.aborted = (code, details)
         raise grpc.aio.AbortError
 
@@ -166,7 +169,7 @@ def call(error: Exception) -> tuple[grpc.StatusCode, str]:
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("kind", OUTCOMES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [kind for kind in OUTCOMES if OUTCOMES[kind].grpc], ids=lambda kind: kind.__name__)
 def test_an_error_of_a_method_reaches_the_caller(kind):
     assert call(kind("one sentence")) == (grpc.StatusCode[outcome_of(kind("")).grpc], "one sentence")
 
@@ -189,5 +192,34 @@ def test_the_first_command_opens():
         asyncio.run(first_command(commands()))
 
 
-def test_the_param_of_a_refusal_is_kept_here():
-    assert InvalidRequest("no", "max_tokens").param == "max_tokens"
+class Refusing(DecodeServicer):
+    log = logging.getLogger("tests.wire")
+
+    def __init__(self, error: InvalidRequest):
+        self._error = error
+
+    @answers_errors
+    async def Continue(self, request, context):
+        raise self._error
+        yield
+
+
+@pytest.mark.parametrize("param", ["messages[3].content", None])
+def test_the_param_of_a_refusal_crosses_the_wire(param):
+    async def main():
+        server = grpc.aio.server()
+        add_DecodeServicer_to_server(Refusing(InvalidRequest("no", param)), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            read, iterated = DecodeStub(channel).Continue(), DecodeStub(channel).Continue()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                async for _ in iterated:
+                    pass
+            errors = [await why_ended(read), error_of(refused.value)]
+        await server.stop(0)
+        del server  # while its loop runs
+        return errors
+
+    for error in asyncio.run(main()):
+        assert (type(error), str(error), error.param) == (InvalidRequest, "no", param)
