@@ -1,45 +1,70 @@
 """`kvferry keys`: make, list and revoke API keys in a tenants file."""
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import json
+import re
+import sys
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
 
 from kvferry.cli.run import plain_errors
+from kvferry.cli.tenants import AsJson, TenantsPath, alone, show
 
-TenantsPath = Annotated[Path, typer.Option("--tenants-file", help="The tenants file.")]
+UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+SPAN = re.compile(r"(\d{1,5})([hdw])")
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 
 
-@app.command(epilog="Example: kvferry keys create acme --tenants-file tenants.toml")
+@app.command(epilog="Example: kvferry keys create acme --tenants-file tenants.toml --expires 90d")
 def create(
     tenant: Annotated[str, typer.Argument(help="Who the key stands for; made if not there.")],
     tenants_file: TenantsPath,
+    expires: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="12h, 30d, 4w or a time such as 2027-01-31T00:00Z.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key for TENANT and print it, this once. Makes the file if it is not there."""
     from kvferry.router.tenants_file import new_file, read_file, with_key, write_file
 
-    with plain_errors("keys create"), _alone(tenants_file):
-        file = read_file(tenants_file) if tenants_file.exists() else new_file()
-        changed, key = with_key(file, tenant)
-        write_file(tenants_file, changed)
+    with plain_errors("keys create"):
+        until = expiry(expires, datetime.now(UTC)) if expires is not None else None
+        with alone(tenants_file):
+            file = read_file(tenants_file) if tenants_file.exists() else new_file()
+            changed, key = with_key(file, tenant, until)
+            write_file(tenants_file, changed)
+    if as_json:
+        made = changed.keys[-1]
+        print(json.dumps({"id": made.id, "tenant": tenant, "key": key, "expires": iso(made.expires)}))
+        return
     print(key)
+    if sys.stdout.isatty():
+        print("Keep it: it is shown this once.", file=sys.stderr)
 
 
-@app.command("list", epilog="Example: kvferry keys list --tenants-file tenants.toml")
-def list_keys(tenants_file: TenantsPath) -> None:
-    """Show key ids and their tenants. Nobody can show a key's secret again."""
+@app.command("list", epilog="Example: kvferry keys list --tenants-file tenants.toml --json")
+def list_keys(tenants_file: TenantsPath, as_json: AsJson = False) -> None:
+    """Show key ids, their tenants, and until when they are good. Nobody can show a key's secret again."""
     from kvferry.router.tenants_file import read_file
 
     with plain_errors("keys list"):
         file = read_file(tenants_file)
-    for key in file.keys:
-        print(f"{key.id}  {key.tenant}")
+    now = datetime.now(UTC)
+    show(
+        [
+            {
+                "id": key.id,
+                "tenant": key.tenant,
+                "created": iso(key.created),
+                "expires": iso(key.expires),
+                "state": "expired" if key.expires is not None and key.expires <= now else "valid",
+            }
+            for key in file.keys
+        ],
+        as_json,
+    )
 
 
 @app.command(epilog="Example: kvferry keys revoke 3f9a1c2e5b7d --tenants-file tenants.toml")
@@ -47,25 +72,31 @@ def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id: the middle of kvf-ID-SECRET.")],
     tenants_file: TenantsPath,
 ) -> None:
-    """Take a key out of the file. A running router goes on accepting it until it is started again."""
+    """Take a key out of the file. Its tenant stays, with its other keys and what it has cached."""
     from kvferry.router.tenants_file import read_file, without_key, write_file
 
-    with plain_errors("keys revoke"), _alone(tenants_file):
+    with plain_errors("keys revoke"), alone(tenants_file):
         write_file(tenants_file, without_key(read_file(tenants_file), key_id))
-    print(f"{key_id} is revoked; a running router accepts it until it is started again")
+    print(f"{key_id} is revoked; running routers refuse it within 2 s, and finish what it has under way")
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the file's folder locked, so that two changes at once do not lose one."""
+def expiry(text: str, now: datetime) -> datetime:
+    """The time that `--expires` means, to the second; one without a time zone is UTC. Raises ConfigError."""
     from kvferry.common.errors import ConfigError
 
     try:
-        folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ConfigError(f"{path.absolute().parent} is not a folder that can be read: {error.strerror}") from error
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+        if span := SPAN.fullmatch(text):
+            when = now + int(span[1]) * UNITS[span[2]]
+        else:
+            when = datetime.fromisoformat(text)
+            when = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+            when = when.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"--expires {text!r} is no time; write it like 12h, 30d, 4w or 2027-01-31T00:00Z") from None
+    if when <= now:
+        raise ConfigError(f"--expires {text} is over already; give a time to come")
+    return when.replace(microsecond=0)
+
+
+def iso(when: datetime | None) -> str | None:
+    return when and when.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

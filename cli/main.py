@@ -4,7 +4,7 @@ from importlib.metadata import version as installed_version
 
 import typer
 
-from kvferry.cli import demo, keys, roles, serve
+from kvferry.cli import demo, keys, roles, serve, tenants
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -13,6 +13,7 @@ app = typer.Typer(
     help="Serve language models with prefill and decode on separate processes, and the KV in a shared block store.",
 )
 app.add_typer(keys.app, name="keys")
+app.add_typer(tenants.app, name="tenants")
 app.command("serve", epilog="Example: kvferry serve demo --port 8000 --store-size 4GiB")(serve.serve)
 app.command("demo", epilog="Example: kvferry demo --model Qwen/Qwen2.5-0.5B-Instruct")(demo.demo)
 app.command("store", epilog="Example: kvferry store --socket /run/kvferry/store.sock --size 4GiB")(roles.store)

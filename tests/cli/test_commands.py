@@ -16,7 +16,6 @@ from kvferry.cli.models import resolve
 from kvferry.cli.serve import flags, open_port, private_folder, shared_out
 from kvferry.common.config import parse_size
 from kvferry.common.errors import ConfigError
-from kvferry.router.tenants import Tenants
 
 KVFERRY = Path(sysconfig.get_path("scripts")) / "kvferry"
 
@@ -32,9 +31,7 @@ def kvferry(*arguments: object, **environment: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize(
-    "command", ["serve", "store", "prefill", "decode", "router", "version", "keys create", "keys list", "keys revoke"]
-)
+@pytest.mark.parametrize("command", ["serve", "store", "prefill", "decode", "router", "version"])
 def test_every_help_has_an_example(command):
     shown = kvferry(*command.split(), "--help")
     assert shown.returncode == 0
@@ -52,32 +49,6 @@ def test_help_imports_nothing_heavy():
 
 def test_version():
     assert kvferry("version").stdout.strip() == "0.1.0"
-
-
-def test_keys_from_first_to_last(tmp_path):
-    path = tmp_path / "tenants.toml"
-    made = kvferry("keys", "create", "acme", "--tenants-file", path)
-    key = made.stdout.strip()
-    assert made.returncode == 0
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert Tenants.load(path).authenticate(f"Bearer {key}").name == "acme"
-    key_id = key.split("-")[1]
-    assert kvferry("keys", "list", "--tenants-file", path).stdout == f"{key_id}  acme\n"
-    assert kvferry("keys", "revoke", key_id, "--tenants-file", path).returncode == 0
-    assert kvferry("keys", "list", "--tenants-file", path).stdout == ""
-    again = kvferry("keys", "revoke", key_id, "--tenants-file", path)
-    assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"kvferry keys revoke: there is no key {key_id}; `kvferry keys list` shows those there are\n"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_keys_made_at_once_are_all_kept(tmp_path):
-    path = tmp_path / "tenants.toml"
-    command = [KVFERRY, "keys", "create", "acme", "--tenants-file", path]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
-    keys = [process.communicate(timeout=60)[0].strip() for process in running]
-    tenants = Tenants.load(path)
-    assert [tenants.authenticate(f"Bearer {key}").name for key in keys] == ["acme"] * 6
 
 
 @pytest.mark.parametrize(

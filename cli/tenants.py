@@ -1,0 +1,110 @@
+"""`kvferry tenants`: list the tenants of a tenants file, and erase one. And what `kvferry keys` shares with it."""
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvferry.cli.run import plain_errors
+
+TenantsPath = Annotated[Path, typer.Option("--tenants-file", help="The tenants file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+app = typer.Typer(no_args_is_help=True, help="List and erase tenants; `kvferry keys create` makes them.")
+
+
+@app.command("list", epilog="Example: kvferry tenants list --tenants-file tenants.toml --json")
+def list_tenants(tenants_file: TenantsPath, as_json: AsJson = False) -> None:
+    """Show the tenants with their limits, and the pseudonym by which workers and the store know each."""
+    from kvferry.common.clock import WallClock
+    from kvferry.router.tenants import Tenants
+    from kvferry.router.tenants_file import read_file
+
+    with plain_errors("tenants list"):
+        file = read_file(tenants_file)
+    tenants = Tenants.of(file, WallClock())
+    show(
+        [
+            {
+                "tenant": name,
+                "pseudonym": tenants[name].keys.pseudonym,
+                "keys": sum(key.tenant == name for key in file.keys),
+                "limits": file.limits | file.tenants[name].limits,
+            }
+            for name in file.tenants
+        ],
+        as_json,
+    )
+
+
+@app.command(epilog="Example: kvferry tenants erase acme --tenants-file tenants.toml --yes")
+def erase(
+    tenant: Annotated[str, typer.Argument(help="Whose salt, keys and limits are destroyed.")],
+    tenants_file: TenantsPath,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Destroy TENANT's salt, and its keys with it. Without the salt nobody can find or open its cached blocks again,
+    also not a tenant that is made under the same name. A copy of the file undoes that: destroy copies too."""
+    from kvferry.common.errors import ConfigError
+    from kvferry.router.tenants_file import read_file, without_tenant, write_file
+
+    with plain_errors("tenants erase"):
+        without_tenant(read_file(tenants_file), tenant)
+        if not yes:
+            if not sys.stdin.isatty():
+                raise ConfigError(f"this cannot be undone; to erase {tenant} without being asked, give --yes")
+            typer.confirm(f"Erase {tenant}, with its keys and all it has cached? It cannot be undone.", abort=True)
+        with alone(tenants_file):
+            write_file(tenants_file, without_tenant(read_file(tenants_file), tenant))
+    print(f"{tenant} is erased; running routers refuse its keys within 2 s and end what it has under way")
+
+
+def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Rows of the same columns: as JSON, as a table on a terminal, or as lines whose columns are apart by two
+    spaces."""
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif sys.stdout.isatty():
+        _show_table(rows)
+    else:
+        for row in rows:
+            print("  ".join(map(text_of, row.values())))
+
+
+def _show_table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*(rows[0] if rows else ["nothing yet; see `kvferry keys create`"]))
+    for row in rows:
+        table.add_row(*map(text_of, row.values()))
+    Console().print(table)
+
+
+def text_of(value: Any) -> str:
+    """A value in a table or line."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={one}" for name, one in value.items()) or "-"
+    return "-" if value is None else str(value)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the file's folder locked, so that two changes at once do not lose one."""
+    from kvferry.common.errors import ConfigError
+
+    try:
+        folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"{path.absolute().parent} is not a folder that can be read: {error.strerror}") from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
