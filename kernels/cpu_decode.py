@@ -18,13 +18,13 @@ class CpuDecode:
         rows = (ragged.lengths == 1).nonzero().flatten()
         self._tokens, self._tables = ragged.starts[rows], ragged.tables[rows]
         self._pieces, self._first = pieces(ragged.contexts[rows], window)
-        self._query, self._out = (
-            workspace.take(name, (len(rows), heads, head_dim), torch.float32) for name in ("query", "attended")
-        )
+        self._all = len(rows) == len(ragged.lengths)  # then they are the batch, and in its order
+        self._query = workspace.take("query", (len(rows), heads, head_dim), torch.float32)
         group = heads // kv_heads
-        partial = workspace.take("partial", (len(self._pieces), heads, head_dim + 2), torch.float32)
         shape = (torch.get_num_threads(), scratch_floats(group, head_dim))
-        self._call = np.zeros((), CALL)
+        self._scratch = workspace.take("scratch", shape, torch.float32)
+        self._partial = workspace.take("partial", (len(self._pieces), heads, head_dim + 2), torch.float32)
+        self._call = np.zeros((), CALL)  # of addresses in what this object holds
         for name, value in {
             "rows": len(rows),
             "kv_heads": kv_heads,
@@ -34,14 +34,13 @@ class CpuDecode:
             "block_stride": pool.stride(0),
             "head_stride": pool.stride(1),
             "query": self._query.data_ptr(),
-            "out": self._out.data_ptr(),
             "count": len(self._pieces),
             "pieces": self._pieces.data_ptr(),
             "first": self._first.data_ptr(),
             "width": self._tables.shape[1],
             "tables": self._tables.data_ptr(),
-            "partial": partial.data_ptr(),
-            "scratch": workspace.take("scratch", shape, torch.float32).data_ptr(),
+            "partial": self._partial.data_ptr(),
+            "scratch": self._scratch.data_ptr(),
         }.items():
             self._call[name] = value
 
@@ -52,15 +51,20 @@ class CpuDecode:
 
     def attend(self, layer: int, query: torch.Tensor, scoring: Scoring, out: torch.Tensor) -> None:
         """From `query` to `out`, both `[T, H, head_dim]`: the rows of one token of them."""
-        self._query.copy_(query[self._tokens]).mul_(scoring.scale)
+        asked = query if self._all else query[self._tokens]
+        torch.mul(asked, scoring.scale, out=self._query)
+        straight = self._all and out.dtype is torch.float32
+        attended = out if straight else torch.empty_like(self._query)
         start = layer * self._pool.stride(2)
         sinks = None if scoring.sinks is None else scoring.sinks.to(torch.float32).contiguous()
         self._call["keys"] = self._pool.data_ptr() + start * self._pool.element_size()
         self._call["elements"] = self._pool.numel() - start
         self._call["sinks"] = 0 if sinks is None else sinks.data_ptr()
         self._call["softcap"] = scoring.softcap or 0.0
+        self._call["out"] = attended.data_ptr()
         self._kernel.run(self._call)
-        out[self._tokens] = self._out.to(out.dtype)
+        if not straight:
+            out.index_copy_(0, self._tokens, attended.to(out.dtype))
 
 
 def pieces(contexts: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from kvferry.common.hashing import length_prefixed
 from kvferry.engine.loading.files import weight_files
 from kvferry.engine.loading.progress import Progress
 
-KV_CODE_VERSION = 3  # raised whenever our own arithmetic changes what ends up in a block
+KV_CODE_VERSION = 4  # raised whenever our own arithmetic changes what ends up in a block
 WEIGHT_CHUNK = 2**24
 NOT_ARITHMETIC = ("_name_or_path", "transformers_version", "dtype", "use_cache")
 

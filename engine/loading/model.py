@@ -65,7 +65,9 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     module = module.to(device).eval().requires_grad_(False)
     if can_pack(device, module.dtype):
         pack_linears(module)
+    progress("check", 0, 1)  # kernels are compiled here, the first time on a machine
     self_check(module, layout, hf_config.vocab_size)
+    progress("check", 1, 1)
     if warning := check_known(hf_config):
         log.warning(warning)
     return LoadedModel(

@@ -215,14 +215,7 @@ def run_twice(module: PreTrainedModel, layout: BlockLayout, vocab_size: int) -> 
 
     pool = pool32.to(dtype, copy=True)
     rows = [(stranger, 0, others), (known[-TAIL:], LENGTH - TAIL, mine)]
-    inputs = lay_out(plan_of(rows), pool, Workspace())
-    got = module(
-        input_ids=inputs.tokens,
-        position_ids=inputs.positions,
-        use_cache=False,
-        logits_to_keep=torch.arange(LENGTH, LENGTH + TAIL, device=device),
-        paged_batch=inputs.batch,
-    ).logits[0]
+    got = step(module, rows, pool, keep=TAIL)
     if got.shape != expected.shape:
         raise IncompatibleNode(f"gives logits {tuple(got.shape)} when asked for those of {TAIL} tokens")
     exact = layout.dtype == "float32"
@@ -230,3 +223,21 @@ def run_twice(module: PreTrainedModel, layout: BlockLayout, vocab_size: int) -> 
         raise IncompatibleNode("gives a token other keys at the same position when it is computed after a prefix")
     if not apart(got, expected) < (EXACT if exact else LOGITS_ROUNDED):
         raise IncompatibleNode("gives a token other logits when it is computed after a prefix, beside another row")
+    alone = step(module, [(known[-1:], LENGTH - 1, mine)], pool, keep=1)
+    if not apart(alone, expected[-1:]) < (EXACT if exact else LOGITS_ROUNDED):
+        raise IncompatibleNode("gives a token other logits when it is the only one that is computed")
+
+
+def step(
+    module: PreTrainedModel, rows: list[tuple[list[int], int, list[int]]], pool: torch.Tensor, keep: int
+) -> torch.Tensor:
+    """Logits `[keep, vocab]` of the last tokens of such rows (see `plan_of`), over the pool."""
+    inputs = lay_out(plan_of(rows), pool, Workspace())
+    tokens = inputs.tokens.shape[1]
+    return module(
+        input_ids=inputs.tokens,
+        position_ids=inputs.positions,
+        use_cache=False,
+        logits_to_keep=torch.arange(tokens - keep, tokens, device=pool.device),
+        paged_batch=inputs.batch,
+    ).logits[0]
