@@ -36,6 +36,24 @@ def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
     return Tokenizer(tokenizer)
 
 
+def remember_nothing(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Switch off the cache of words that a tokenizer keeps: it is keyed by text and for everybody, so how long a word
+    takes would tell one tenant whether another has sent it."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if hasattr(model, "_resize_cache"):  # BPE and Unigram; the others keep none
+        model._clear_cache()
+        model._resize_cache(0)
+    if hasattr(tokenizer, "cache"):  # the tokenizers that are Python keep every word
+        tokenizer.cache = _Nothing()
+
+
+class _Nothing(dict[str, str]):
+    """A dict that keeps nothing."""
+
+    def __setitem__(self, key: str, value: str) -> None:
+        return
+
+
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
     """Raise InvalidRequest for an empty prompt or an id that the model has no embedding for."""
     if not token_ids:
@@ -63,6 +81,7 @@ class Tokenizer:
     """One model's tokenizer. Encoding runs in one thread when it is long, so the event loop stays free."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        remember_nothing(tokenizer)
         self._tokenizer = tokenizer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
