@@ -1,36 +1,96 @@
 """The `kvferry` command. Nothing heavy is imported before a command needs it, so that help is quick."""
 
+import shutil
+import sys
 from importlib.metadata import version as installed_version
+from typing import Annotated
 
 import typer
 
-from kvferry.cli import demo, keys, roles, serve, tenants
+from kvferry.cli import check_config, demo, keys, roles, serve, tenants
+from kvferry.cli.flags import with_flags
+from kvferry.cli.run import EXIT_CONFIG
+from kvferry.cli.settings import nearest
 
-app = typer.Typer(
+WIDTH = 120  # of help that is no terminal's
+EXIT_INTERRUPTED = 130
+
+commands = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Serve language models with prefill and decode on separate processes, and the KV in a shared block store.",
 )
-app.add_typer(keys.app, name="keys")
-app.add_typer(tenants.app, name="tenants")
-app.command("serve", epilog="Example: kvferry serve demo --port 8000 --store-size 4GiB")(serve.serve)
-app.command("demo", epilog="Example: kvferry demo --model Qwen/Qwen2.5-0.5B-Instruct")(demo.demo)
-app.command("store", epilog="Example: kvferry store --socket /run/kvferry/store.sock --size 4GiB")(roles.store)
-app.command(
-    "prefill", epilog="Example: kvferry prefill Qwen/Qwen2.5-0.5B --listen unix:/run/kvferry/p0 --store /run/kvferry/s"
-)(roles.worker_command("prefill"))
-app.command(
-    "decode", epilog="Example: kvferry decode Qwen/Qwen2.5-0.5B --listen unix:/run/kvferry/d0 --store /run/kvferry/s"
-)(roles.worker_command("decode"))
-app.command(
+commands.command("serve", epilog="Example: kvferry serve demo --port 8000 --store-size 4GiB")(
+    with_flags("serve", serve.FLAGS, serve.serve)
+)
+commands.command("demo", epilog="Example: kvferry demo --model Qwen/Qwen2.5-0.5B-Instruct")(demo.demo)
+commands.command("store", epilog="Example: kvferry store --socket /run/kvferry/store --size 4GiB")(
+    with_flags("store", roles.FLAGS["store"], roles.store)
+)
+commands.command(
+    "prefill",
+    epilog="Example: kvferry prefill Qwen/Qwen2.5-0.5B --listen unix:/run/kvferry/p0 --store /run/kvferry/store",
+)(with_flags("prefill", roles.FLAGS["prefill"], roles.worker("prefill")))
+commands.command(
+    "decode",
+    epilog="Example: kvferry decode Qwen/Qwen2.5-0.5B --listen unix:/run/kvferry/d0 --store /run/kvferry/store",
+)(with_flags("decode", roles.FLAGS["decode"], roles.worker("decode")))
+commands.command(
     "router",
     epilog="Example: kvferry router --model Qwen/Qwen2.5-0.5B --prefill unix:/run/kvferry/p0 "
-    "--decode unix:/run/kvferry/d0 --store /run/kvferry/s",
-)(roles.router)
+    "--decode unix:/run/kvferry/d0 --store /run/kvferry/store",
+)(with_flags("router", roles.FLAGS["router"], roles.router))
+commands.command("check-config", epilog="Example: kvferry check-config --config kvferry.toml --port 9000")(
+    with_flags("check-config", check_config.FLAGS, check_config.check_config, check_config.EXTRA)
+)
+commands.add_typer(keys.app, name="keys")
+commands.add_typer(tenants.app, name="tenants")
 
 
-@app.command(epilog="Example: kvferry version")
-def version() -> None:
+@commands.command("version", epilog="Example: kvferry version")
+def print_version() -> None:
     """Print the version."""
     print(installed_version("kvferry"))
+
+
+def version_and_exit(asked: bool) -> None:
+    if asked:
+        print_version()
+        raise typer.Exit
+
+
+@commands.callback(epilog="Example: kvferry serve demo")
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=version_and_exit, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve language models with prefill and decode on separate processes, and the KV in a shared block store."""
+
+
+def app() -> int:
+    """Run the command line; the exit code. What a person mistyped is told in one line, with exit code 2."""
+    from typer import rich_utils
+
+    rich_utils.MAX_WIDTH = shutil.get_terminal_size((WIDTH, 50)).columns
+    try:
+        return typer.main.get_command(commands).main(standalone_mode=False) or 0
+    except typer.TyperException as error:
+        if message := told_of(error):
+            print(message, file=sys.stderr)
+        return EXIT_CONFIG
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+
+
+def told_of(error: typer.TyperException) -> str:
+    """What was mistyped, and the nearest that is right. Empty where help has been shown instead."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "kvferry"
+    message = error.format_message().strip().rstrip(".")
+    if context and hasattr(error, "possibilities") and hasattr(error, "option_name"):
+        known = [name for param in context.command.params for name in param.opts]
+        message = f"there is no {error.option_name}{nearest(error.option_name, known)}"
+    if message and not message.endswith("?"):
+        message += f"; `{path} --help` lists what there is"
+    return message and f"{path}: {message}"

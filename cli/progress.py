@@ -1,12 +1,17 @@
-"""How a start is shown: bars on a terminal, lines anywhere else. Always on stderr."""
+"""How a start is shown: the plan and bars on a terminal, log lines anywhere else. Always on stderr."""
 
+import logging
 import sys
+from collections.abc import Sequence
 
+from kvferry.common.config import LogConfig
 from kvferry.common.process import Note
 
+log = logging.getLogger(__name__)
 
-def display() -> "Bars | Lines":
-    return Bars() if sys.stderr.isatty() else Lines()
+
+def display(logs: LogConfig) -> "Bars | Lines":
+    return Bars() if sys.stderr.isatty() and logs.log_format != "json" else Lines()
 
 
 class Lines:
@@ -15,11 +20,15 @@ class Lines:
     def __init__(self) -> None:
         self._shown: set[tuple[str, str]] = set()
 
+    def plan(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            log.info("%s", line)
+
     def show(self, name: str, note: Note) -> None:
         stage = "ready" if note.ready else note.stage
         if stage and (name, stage) not in self._shown:
             self._shown.add((name, stage))
-            print(f"{name}: {stage}", file=sys.stderr, flush=True)
+            log.info("%s: %s", name, stage)
 
     def close(self) -> None:
         self._shown.clear()
@@ -42,6 +51,10 @@ class Bars:
         )
         self._bars: dict[tuple[str, str], int] = {}
         self._progress.start()
+
+    def plan(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._progress.console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     def show(self, name: str, note: Note) -> None:
         if not note.stage:

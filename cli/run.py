@@ -1,4 +1,4 @@
-"""Running one role as a process: signals, logs, and what the parent and the terminal are told when it fails."""
+"""Running one role as a process: signals, logs, and what the parent or the terminal is told when it fails."""
 
 import asyncio
 import logging
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import typer
 
-from kvferry.common.errors import ConfigError, KvferryError
-from kvferry.common.process import Notifier, die_with_parent
-from kvferry.common.telemetry import setup_logging
+from kvferry.common.errors import ConfigError, IncompatibleNode, Internal, KvferryError
+from kvferry.common.process import Notifier
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -23,44 +22,37 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessOptions:
-    """What the process that started this one says of itself."""
+class Parent:
+    """The process that started this one, if one did that has to be told."""
 
-    notify_fd: int | None
-    parent_pid: int | None
-    log_level: str = "INFO"
+    notifier: Notifier
+    pid: int | None
+
+    def making(self, done: int, total: int) -> None:
+        self.notifier.progress("making the model", done, total)
 
 
 @contextmanager
-def plain_errors(command: str) -> Iterator[None]:
-    """Turn a KvferryError into one sentence on stderr and an exit code."""
+def plain_errors(command: str, notifier: Notifier | None = None) -> Iterator[None]:
+    """Turn a KvferryError into an exit code and one sentence: for the parent, if it listens, else on stderr."""
     try:
         yield
     except KvferryError as error:
-        print(f"kvferry {command}: {error}", file=sys.stderr)
-        raise typer.Exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED) from None
+        if notifier is None or not notifier.failed(str(error)):
+            print(f"kvferry {command}: {error}", file=sys.stderr)
+        wrong = isinstance(error, ConfigError | IncompatibleNode)
+        raise typer.Exit(EXIT_CONFIG if wrong else EXIT_FAILED) from None
 
 
-def run_role(role: str, options: ProcessOptions, start: Start) -> None:
-    """Run `start` until it returns; SIGTERM and SIGINT set the event it is given.
-
-    `start` imports what it needs, builds its configuration and serves. When it raises, the parent gets a sentence over
-    the notify pipe and the process ends: with 2 for a ConfigError, with 1 otherwise.
-    """
-    notifier = Notifier(options.notify_fd)
-    with plain_errors(role):
-        try:
-            setup_logging(role, options.log_level)
-            if options.parent_pid is not None:
-                die_with_parent(options.parent_pid)
-            asyncio.run(_until_stopped(notifier, start))
-        except KvferryError as error:
-            notifier.failed(str(error))
-            raise
-        except Exception:
-            log.exception("%s ends: this is a bug", role)
-            notifier.failed(f"{role} met an error that it did not expect; its log has the cause")
-            raise typer.Exit(EXIT_FAILED) from None
+def run_role(role: str, parent: Parent, start: Start) -> None:
+    """Run `start` until it returns; SIGTERM and SIGINT set the event it is given. Raises KvferryError."""
+    try:
+        asyncio.run(_until_stopped(parent.notifier, start))
+    except KvferryError:
+        raise
+    except Exception as error:
+        log.exception("%s ends: this is a bug", role)
+        raise Internal(f"{role} met an error that it did not expect; its log has the cause") from error
 
 
 async def _until_stopped(notifier: Notifier, start: Start) -> None:

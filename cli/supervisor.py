@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kvferry.cli.run import EXIT_CONFIG
 from kvferry.common.clock import Clock
-from kvferry.common.errors import Unavailable
+from kvferry.common.config import foreign_environment
+from kvferry.common.errors import ConfigError, Unavailable
 from kvferry.common.process import Note
 
 FIRST_BACKOFF_S = 0.2
@@ -57,8 +59,8 @@ class Child:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Start the process and wait until it says that it is ready. Raises Unavailable with what it says otherwise,
-        when it has ended."""
+        """Start the process and wait until it says that it is ready. When it has ended instead, raises with what it
+        says: ConfigError if that is that it was told something wrong, else Unavailable."""
         read_end, write_end = os.pipe()
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -66,6 +68,7 @@ class Child:
                 *("--notify-fd", str(write_end), "--parent-pid", str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(write_end,),
+                env=foreign_environment(),
                 process_group=0,
             )
         except BaseException:
@@ -76,7 +79,8 @@ class Child:
         if not (sentence := await self._listen(read_end)):
             self.was_ready.set()
             return
-        raise Unavailable(f"{self.spec.name} did not start: {sentence}")
+        kind = ConfigError if self._process.returncode == EXIT_CONFIG else Unavailable
+        raise kind(f"{self.spec.name} did not start: {sentence}")
 
     async def _listen(self, read_end: int) -> str:
         """Pass progress on until the child is ready (the answer is empty) or has failed (its sentence). The pipe is
@@ -173,7 +177,7 @@ class Supervisor:
             await asyncio.sleep(backoff_s(failures))
             try:
                 await child.start()
-            except Unavailable as error:
+            except (ConfigError, Unavailable) as error:
                 end = str(error).removeprefix(f"{child.spec.name} ")
             else:
                 log.info("%s is back", child.spec.name)

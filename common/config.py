@@ -1,6 +1,8 @@
 """Configuration: frozen values, read once, checked when they are made. Nothing else reads the environment.
 
-A wrong value raises `ConfigError` with one sentence that says what would be right.
+Each value is declared once, here or where its dataclass is: its name, type and default, and in the field's metadata
+what `setting` takes. Flags, environment names, keys of the TOML file and `kvferry check-config` follow from that (see
+cli/settings.py). A wrong value raises `ConfigError` with one sentence that says what would be right.
 """
 
 import os
@@ -10,16 +12,22 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from kvferry.common.errors import ConfigError
+from kvferry.common.values import setting
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+ENVIRONMENT_PREFIX = "KVFERRY_"
+MAX_SOCKET_PATH = 107  # bytes: sun_path of unix(7), less the zero at its end
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `4GiB`, `512MiB`, `1.5G` or `4096`."""
-    if not (found := SIZE.fullmatch(text.strip())):
-        raise ConfigError(f"{text!r} is not a size; write it like 4GiB, 512MiB or 4096")
-    return int(float(found[1]) * UNITS[(found[2] or "").lower()])
+def environment() -> dict[str, str]:
+    """The variables that are kvferry's own."""
+    return {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
+
+
+def foreign_environment() -> dict[str, str]:
+    """All the others: what a child process gets that is told everything by flags. gRPC's own log is no JSON; its errors
+    come to us as exceptions."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    return {"GRPC_VERBOSITY": "ERROR", **others}
 
 
 def cache_dir() -> Path:
@@ -42,6 +50,7 @@ def check_worker_address(address: str) -> str:
     """A worker's gRPC address: `unix:/path` or a loopback `host:port`. The tenant's keys travel to it, so a plain
     address that other hosts could reach is refused."""
     if address.startswith("unix:"):
+        check_socket_path(address.removeprefix("unix:"), "a worker's socket path")
         return address
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
@@ -57,39 +66,83 @@ def _require(condition: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
+def check_socket_path(path: Path | str, what: str) -> None:
+    _require(
+        (length := len(os.fsencode(path))) <= MAX_SOCKET_PATH,
+        f"{what}, {path}, is too long: it has {length} bytes, and a unix socket's has {MAX_SOCKET_PATH} at most",
+    )
+
+
+def check_port(port: int, what: str) -> None:
+    _require(0 <= port <= 65535, f"{what} is {port}; a port is a number from 0 (any that is free) to 65535")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """How every process logs, on stderr."""
+
+    log_level: str = setting("DEBUG, INFO, WARNING or ERROR.", "INFO")
+    log_format: str = setting("text, json, or auto: text on a terminal, JSON lines otherwise.", "auto")
+
+    def __post_init__(self) -> None:
+        levels, formats = ("DEBUG", "INFO", "WARNING", "ERROR"), ("auto", "text", "json")
+        _require(self.log_level.upper() in levels, f"log level {self.log_level!r} is not known; use {_one_of(levels)}")
+        _require(self.log_format in formats, f"log format {self.log_format!r} is not known; use {_one_of(formats)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """What `kvferry serve` starts, beside what its parts are told."""
+
+    prefill: int = setting("Prefill workers.", 1)
+    decode: int = setting("Decode workers.", 1)
+    store_arg: tuple[str, ...] = setting("One more argument for the store; may be repeated.", ())
+    prefill_arg: tuple[str, ...] = setting("One more argument for prefill workers.", ())
+    decode_arg: tuple[str, ...] = setting("One more argument for decode workers.", ())
+    router_arg: tuple[str, ...] = setting("One more argument for the router.", ())
+
+    def __post_init__(self) -> None:
+        _require(self.prefill >= 0, f"{self.prefill} prefill workers are not possible; give 0 or more")
+        _require(self.decode >= 1, f"{self.decode} decode workers are too few; give at least 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """One store node. `lease_s`: how long a silent connection keeps its leases."""
 
-    socket: Path
-    size_bytes: int = 2**30
-    lease_s: float = 10.0
-    writing_per_connection: int = 1024
+    socket: Path = setting("Unix socket to answer at.", example="/run/kvferry/store")
+    size_bytes: int = setting("Memory for blocks, taken whole at the start.", 2**30, name="size")
+    lease_s: float = setting("How long a silent connection keeps its leases.", 10.0)
+    writing_per_connection: int = setting("Blocks that one worker may be writing at a time.", 1024)
 
     def __post_init__(self) -> None:
         _require(self.size_bytes >= 2**20, f"a store of {self.size_bytes} bytes is too small; give at least 1MiB")
         _require(self.lease_s >= 0.2, f"leases of {self.lease_s} s are too short; give at least 0.2")
-        _require(len(str(self.socket)) < 100, f"the socket path {self.socket} is too long; a unix path has 107 bytes")
+        _require(self.writing_per_connection >= 1, "a connection that may write no block is useless; give at least 1")
+        check_socket_path(self.socket, "the store's socket path")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What one engine may use. `kv_cache_bytes` is the page pool; `num_blocks`, if set, says it in blocks instead."""
 
-    model: str
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    block_size: int = 16
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_waiting: int = 256
-    kv_cache_bytes: int = 2**30
-    num_blocks: int | None = None
-    threads: int | None = None
+    model: str = setting("`demo`, a Hugging Face id or a local folder.", example="demo")
+    revision: str | None = setting("Branch, tag or commit of a Hugging Face id.", None)
+    dtype: str = setting("auto (the checkpoint's), float32, bfloat16 or float16.", "auto")
+    device: str = setting("auto, cpu, cuda or cuda:N.", "auto")
+    block_size: int = setting("Tokens a KV block; the same for every worker of a store.", 16)
+    max_model_len: int | None = setting("Longest prompt and answer in tokens, like 32K.", None, unset="the model's")
+    max_num_seqs: int = setting("Sequences in one step, at most.", 64)
+    max_num_batched_tokens: int = setting("Tokens in one step, at most; longer prompts go in chunks.", 512)
+    max_waiting: int = setting("Sequences that may wait; more are refused.", 256)
+    kv_cache_bytes: int = setting("Memory for KV pages, such as 4GiB.", 2**30)
+    num_blocks: int | None = setting(
+        "KV pages as a number of blocks, instead of a size.", None, name="num_gpu_blocks_override"
+    )
+    threads: int | None = setting("CPU threads a worker.", None, unset="the cores, shared out")
 
     def __post_init__(self) -> None:
+        _require(bool(self.model), "the model's name is empty; give `demo`, a folder or a Hugging Face id")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("max_model_len", "num_blocks", "threads"):
@@ -97,6 +150,8 @@ class EngineConfig:
             _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         _require(self.dtype in ("auto", "float32", "bfloat16", "float16"),
                  f"dtype {self.dtype!r} is not known; use auto, float32, bfloat16 or float16")  # fmt: skip
+        _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+                 f"device {self.device!r} is not known; use auto, cpu, cuda or cuda:N")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,45 +160,75 @@ class WorkerConfig:
 
     role: str
     engine: EngineConfig
-    listen: str
-    store: Path
-    single_flight_wait_s: float = 20.0
-    drain_s: float = 30.0
-    failpoints: tuple[str, ...] = ()
+    listen: str = setting("unix:/path or a loopback host:port.", example="unix:/run/kvferry/worker")
+    store: Path = setting(
+        "Unix socket of this host's store node.", follows="store.socket", example="/run/kvferry/store"
+    )
+    single_flight_wait_s: float = setting("How long to wait for a prefix that somebody else is computing.", 20.0)
+    drain_s: float = setting("On SIGTERM, how long requests under way may take to finish.", 30.0)
+    failpoints: tuple[str, ...] = setting(
+        "For tests: NAME=stop|kill|sleep:SECONDS, with @N on the N-th hit.", (), name="failpoint"
+    )
 
     def __post_init__(self) -> None:
         check_worker_address(self.listen)
+        for name in ("single_flight_wait_s", "drain_s"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """The HTTP front. `max_local_prefill`: up to so many uncached prompt tokens are computed by decode itself."""
+    """The HTTP front. `max_local_prefill`: up to so many uncached prompt tokens are computed by decode itself.
+    `served_model_name` is that of the model where none is given."""
 
-    model: str
-    served_model_name: str
-    prefill: tuple[str, ...]
-    decode: tuple[str, ...]
-    store: Path
-    revision: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    admin_host: str = "127.0.0.1"
-    admin_port: int = 8001
-    tenants_file: Path | None = None
-    max_local_prefill: int = 64
-    admission_s: float = 60.0
-    node_wait_s: float = 20.0
-    request_s: float = 600.0
+    model: str = setting("`demo`, a Hugging Face id or a local folder.", follows="engine.model", example="demo")
+    served_model_name: str | None = setting("What clients call the model.", None, unset="the model's name")
+    prefill: tuple[str, ...] = setting("Address of a prefill worker; may be repeated.", (), metavar="ADDRESS")
+    decode: tuple[str, ...] = setting(
+        "Address of a decode worker; may be repeated.", metavar="ADDRESS", example="unix:/run/kvferry/worker"
+    )
+    store: Path = setting(
+        "Unix socket of this host's store node.", follows="store.socket", example="/run/kvferry/store"
+    )
+    revision: str | None = setting("Branch, tag or commit of a Hugging Face id.", None, follows="engine.revision")
+    host: str = setting("Address to listen on; others than loopback need a tenants file.", "127.0.0.1")
+    port: int = setting("Port of the API.", 8000)
+    admin_host: str = setting("Address of /metrics and the operators' pages.", "127.0.0.1")
+    admin_port: int = setting("Port of /metrics and the operators' pages.", 8001)
+    tenants_file: Path | None = setting(
+        "Who may ask; see `kvferry keys`.", None, secret=True, unset="one tenant and no keys"
+    )
+    max_local_prefill: int = setting(
+        "Up to so many prompt tokens that are not cached are computed by decode itself.",
+        64,
+        name="max_local_prefill_length",
+    )
+    admission_s: float = setting("How long a request may wait for a decode worker to admit it.", 60.0)
+    node_wait_s: float = setting("How long a request may wait for a worker to be there.", 20.0)
+    request_s: float = setting("How long a request may take in all.", 600.0)
     max_body_bytes: int = 16 * 2**20
-    max_concurrent: int = 512
-    drain_s: float = 4.0
+    max_concurrent: int = setting("Requests under way, at most.", 512)
+    drain_s: float = setting("On SIGTERM, how long requests under way may take to finish.", 4.0)
 
     def __post_init__(self) -> None:
         for address in (*self.prefill, *self.decode):
             check_worker_address(address)
         _require(bool(self.decode), "a router needs at least one decode address")
+        check_port(self.port, "the port")
+        check_port(self.admin_port, "the admin port")
+        _require(self.port == 0 or self.port != self.admin_port or self.host != self.admin_host,
+                 f"the API and the admin pages cannot both be at {self.host}:{self.port}; give another --admin-port",
+                 )  # fmt: skip
+        for name in ("max_local_prefill", "admission_s", "node_wait_s", "request_s", "drain_s"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("max_body_bytes", "max_concurrent"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.tenants_file is None and not is_loopback(self.host):
             raise ConfigError(
                 f"without a tenants file everyone who reaches {self.host} would share one tenant; give --tenants-file "
                 "(make one with `kvferry keys create TENANT --tenants-file FILE`) or listen on 127.0.0.1"
             )
+
+
+def _one_of(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"

@@ -4,6 +4,8 @@ go upwards; it never outlives its parent)."""
 import ctypes
 import os
 import signal
+import socket
+import stat
 from pathlib import Path
 
 import msgspec
@@ -11,9 +13,9 @@ import msgspec
 from kvferry.common.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+CGROUP = Path("/sys/fs/cgroup")
+CPU_MAX = CGROUP / "cpu.max"
+MEMINFO = Path("/proc/meminfo")
 
 
 def usable_cores(cpu_max: Path = CPU_MAX) -> int:
@@ -24,6 +26,41 @@ def usable_cores(cpu_max: Path = CPU_MAX) -> int:
     except OSError:  # no such cgroup
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def available_memory(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int:
+    """Bytes of memory that this process and its children may still take: what the host has available, or what its
+    cgroup's limit (v2) leaves where that is less."""
+    told = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available = int(told["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (cgroup / "memory.max").read_text().strip(), int((cgroup / "memory.current").read_text())
+        counted = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except OSError:  # no such cgroup
+        return available
+    given_back = int(counted["inactive_file"])  # a cache of files: it goes when memory is asked for
+    return available if limit == "max" else max(0, min(available, int(limit) - used + given_back))
+
+
+def claim_socket_path(path: Path, what: str) -> None:
+    """Make way for a socket at `path`: remove one that a dead process left. Raises ConfigError if a live one answers
+    there, or if there is something else."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise ConfigError(f"{path} is there and is not a socket; give {what} another path")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            probe.connect(str(path))
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        path.unlink(missing_ok=True)
+        return
+    except BlockingIOError:
+        pass  # alive, with a full backlog
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be used as a socket of {what}: {error.strerror}") from error
+    raise ConfigError(f"another process answers at {path}; stop it first, or give {what} another path")
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -48,16 +85,18 @@ class Notifier:
     def ready(self) -> None:
         self._send(Note(ready=True))
 
-    def failed(self, sentence: str) -> None:
-        self._send(Note(failed=sentence))
+    def failed(self, sentence: str) -> bool:
+        """Whether the parent was there to be told."""
+        return self._send(Note(failed=sentence))
 
-    def _send(self, note: Note) -> None:
+    def _send(self, note: Note) -> bool:
         if self._fd is None:
-            return
+            return False
         try:
             os.write(self._fd, msgspec.json.encode(note) + b"\n")
         except BrokenPipeError:
-            self._fd = None  # the parent went; die_with_parent ends us
+            self._fd = None  # the parent listens no more, or went and die_with_parent ends us
+        return self._fd is not None
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -3,14 +3,21 @@
 import json
 import logging
 import sys
+from contextvars import ContextVar
 from datetime import UTC, datetime
 
-from kvferry.common.errors import ConfigError
+from kvferry.common.config import LogConfig
 
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+"""The request that the current task works for; what it starts inherits it. Set where a request comes in, over HTTP or
+gRPC, and nowhere else."""
+
+NOISY = ("httpx", "aiohttp.access", "transformers", "huggingface_hub", "filelock", "urllib3")
 
 
-class _JsonLines(logging.Formatter):
+class JsonLines(logging.Formatter):
+    """One object a record: time (UTC), level, role, logger, message; request_id and exception where there is one."""
+
     def __init__(self, role: str):
         super().__init__()
         self._role = role
@@ -23,22 +30,30 @@ class _JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if request_id := getattr(record, "request_id", None):
+        if request_id := REQUEST_ID.get():
             line["request_id"] = request_id
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
 
 
-def setup_logging(role: str, level: str = "INFO") -> None:
-    """Send the root logger to stderr, once, at the start of a process. Raises ConfigError for an unknown level."""
-    if level.upper() not in LEVELS:
-        raise ConfigError(f"--log-level {level!r} is not known; use {', '.join(LEVELS)}")
+class TextLines(logging.Formatter):
+    """For people: time of day, role, level, message, and the request in brackets where there is one."""
+
+    def __init__(self, role: str):
+        super().__init__(f"%(asctime)s {role:<7} %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        request_id = REQUEST_ID.get()
+        return super().formatMessage(record) + (f"  [{request_id}]" if request_id else "")
+
+
+def setup_logging(role: str, config: LogConfig) -> None:
+    """Send the root logger, and warnings, to stderr: once, at the start of a process."""
+    text = config.log_format == "text" or (config.log_format == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
-    if sys.stderr.isatty():
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {role:<7} %(levelname)-7s %(message)s", "%H:%M:%S"))
-    else:
-        handler.setFormatter(_JsonLines(role))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "aiohttp.access", "transformers", "huggingface_hub", "filelock", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    handler.setFormatter((TextLines if text else JsonLines)(role))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)

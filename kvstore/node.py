@@ -9,13 +9,12 @@ import errno
 import logging
 import os
 import socket
-from pathlib import Path
 
 from kvferry.common.block import slot_stride
 from kvferry.common.clock import MonotonicClock
 from kvferry.common.config import StoreConfig
 from kvferry.common.errors import ConfigError
-from kvferry.common.process import Notifier
+from kvferry.common.process import Notifier, available_memory, claim_socket_path
 from kvferry.kvstore import protocol as say
 from kvferry.kvstore.arena import create_arena
 from kvferry.kvstore.conversation import Conversation, Waiters
@@ -35,11 +34,11 @@ async def serve(config: StoreConfig, notifier: Notifier, stop: asyncio.Event) ->
 
     Raises ConfigError when the socket or the memory cannot be had, RuntimeError when the index finds itself damaged.
     """
-    await refuse_if_answered(config)
+    claim_socket_path(config.socket, "the store")
     refuse_if_too_large(config)
     arena = await create_arena(config.size_bytes, lambda done, total: notifier.progress("prefault", done, total))
     try:
-        await refuse_if_answered(config)
+        claim_socket_path(config.socket, "the store")
         listener = listen(config)
         inode = os.stat(config.socket).st_ino
         try:
@@ -56,31 +55,11 @@ async def serve(config: StoreConfig, notifier: Notifier, stop: asyncio.Event) ->
 
 def refuse_if_too_large(config: StoreConfig) -> None:
     """Raise ConfigError if the memory is not there: the arena is touched whole at the start."""
-    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(told["MemAvailable"].split()[0]) * 1024
-    if config.size_bytes > available:
+    if config.size_bytes > (available := available_memory()):
         raise ConfigError(
             f"a store of {config.size_bytes / 2**30:.1f} GiB does not fit into the {available / 2**30:.1f} GiB of "
-            "memory that this host has available; give a smaller --store-size"
+            "memory that this host has available; give a smaller --size (--store-size of `kvferry serve`)"
         )
-
-
-async def refuse_if_answered(config: StoreConfig) -> None:
-    """Raise ConfigError if a live process listens at the socket; remove what a dead one left."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            await asyncio.get_running_loop().sock_connect(probe, str(config.socket))
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            config.socket.unlink(missing_ok=True)
-            return
-        except BlockingIOError:
-            pass  # alive, with a full backlog
-        except OSError as error:
-            raise ConfigError(f"{config.socket} cannot be used as the store's socket: {error.strerror}") from error
-    raise ConfigError(f"another store answers at {config.socket}; stop it first or give another --socket")
 
 
 def listen(config: StoreConfig) -> socket.socket:

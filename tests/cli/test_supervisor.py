@@ -13,7 +13,7 @@ import pytest
 from kvferry.cli import supervisor
 from kvferry.cli.supervisor import ChildSpec, Supervisor, backoff_s
 from kvferry.common.clock import MonotonicClock
-from kvferry.common.errors import Unavailable
+from kvferry.common.errors import ConfigError, Unavailable
 
 CHILD = """
 import os, signal, sys, time
@@ -145,16 +145,16 @@ def test_restarts_are_exhausted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("life", "sentence"),
+    ("life", "kind", "sentence"),
     [
-        ("refuses", "^worker did not start: the moon is full$"),
-        ("silent", "^worker did not start: it ended with exit code 3 without a word$"),
+        ("refuses", ConfigError, "^worker did not start: the moon is full$"),
+        ("silent", Unavailable, "^worker did not start: it ended with exit code 3 without a word$"),
     ],
 )
-def test_a_first_start_that_fails_ends_everything(tmp_path, life, sentence):
+def test_a_first_start_that_fails_ends_everything(tmp_path, life, kind, sentence):
     async def scenario():
         run = Run(tmp_path, store="lives", worker=life, router="lives")
-        with pytest.raises(Unavailable, match=sentence):
+        with pytest.raises(kind, match=sentence):
             await asyncio.wait_for(run.go(), 10)
         assert len(run.starts("worker")) == 1
         assert not run.ready.is_set()

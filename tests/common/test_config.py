@@ -14,36 +14,11 @@ from kvferry.common.config import (
     cache_dir,
     check_worker_address,
     is_loopback,
-    parse_size,
 )
 from kvferry.common.errors import ConfigError
 
 SOCKET = Path("/tmp/s")
 ROUTER = RouterConfig(model="m", served_model_name="m", prefill=(), decode=("unix:/tmp/d",), store=SOCKET)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("4096", 4096),
-        ("4GiB", 4 * 2**30),
-        ("512MiB", 512 * 2**20),
-        (" 1.5 G ", 1_500_000_000),
-        ("2k", 2000),
-        ("3ki", 3072),
-        ("1TiB", 2**40),
-        ("7B", 7),
-        ("0", 0),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "4 gigs", "4GiBB", "1,5G", "inf", "0x10", "1..5G"])
-def test_what_is_not_a_size(text):
-    with pytest.raises(ConfigError, match="is not a size"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

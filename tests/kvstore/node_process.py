@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from kvferry.common.config import StoreConfig
+from kvferry.common.config import LogConfig, StoreConfig
 from kvferry.common.process import Notifier, die_with_parent
 from kvferry.common.telemetry import setup_logging
 from kvferry.kvstore.node import serve
@@ -24,5 +24,5 @@ async def main() -> None:
 if __name__ == "__main__":
     sys.path.pop(0)
     die_with_parent(os.getppid())
-    setup_logging("store")
+    setup_logging("store", LogConfig())
     asyncio.run(main())

@@ -377,7 +377,7 @@ def test_a_socket_in_use_is_told_in_words(ground):
         from kvferry.kvstore.node import serve
 
         node = ground.node()
-        with pytest.raises(ConfigError, match="another store answers"):
+        with pytest.raises(ConfigError, match="another process answers"):
             await serve(StoreConfig(socket=node.socket), Notifier(None), asyncio.Event())
         missing = StoreConfig(socket=node.socket.parent / "nowhere" / "s", size_bytes=2**20)
         with pytest.raises(ConfigError, match="cannot listen"):

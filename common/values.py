@@ -1,0 +1,56 @@
+"""Settings: how one is declared, and how its value is written: sizes, counts, numbers."""
+
+import math
+import re
+from dataclasses import MISSING, field
+from typing import Any
+
+from kvferry.common.errors import ConfigError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+COUNT = re.compile(r"(-?\d+|\d+\.\d+(?=[kmgKMG]))([kmgKMG]?)")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4GiB`, `512MiB`, `1.5G` or `4096`."""
+    if not (found := SIZE.fullmatch(text.strip())):
+        raise ConfigError(f"{text!r} is not a size; write it like 4GiB, 512MiB or 4096")
+    return int(float(found[1]) * UNITS[(found[2] or "").lower()]) if "." in found[1] or found[2] else int(found[1])
+
+
+def size_text(size: int) -> str:
+    """Bytes as a person writes them, in the largest binary unit that divides them."""
+    for unit in ("ti", "gi", "mi", "ki"):
+        if size and size % UNITS[unit] == 0:
+            return f"{size // UNITS[unit]}{unit[0].upper()}iB"
+    return str(size)
+
+
+def parse_count(text: str) -> int:
+    """A whole number, such as 32768, 32K (times 1024) or 32k (times 1000)."""
+    if not (found := COUNT.fullmatch(text.strip())):
+        raise ConfigError(f"{text!r} is not a whole number; write it like 32768, 32K (that is 32768) or 32k (32000)")
+    return int(float(found[1]) * MULTIPLES[found[2]]) if "." in found[1] else int(found[1]) * MULTIPLES[found[2]]
+
+
+def parse_number(text: str) -> float:
+    """A number, such as 2 or 0.5."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{text!r} is not a number; write it like 2 or 0.5")
+    return number
+
+
+def setting(help: str, default: Any = MISSING, **more: Any) -> Any:
+    """A field that is a setting: one for people to give. A field without `help` is none.
+
+    `name`: its key and flag where they do not follow from the field's name. `example`: of one without a default.
+    `follows`: the setting whose value it has unless it is given. `secret`: what it names is a file with secrets.
+    `unset`: what it means that there is no value.
+    """
+    return field(default=default, metadata={"help": help, **more})
