@@ -27,7 +27,11 @@ class NotFound(KvferryError):
 
 
 class MethodNotAllowed(KvferryError):
-    """The route exists, the method does not."""
+    """The route exists, the method does not. `allow`: those that do, as the header of that name has them."""
+
+    def __init__(self, message: str, allow: str = ""):
+        super().__init__(message)
+        self.allow = allow
 
 
 class TooLarge(KvferryError):

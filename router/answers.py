@@ -183,6 +183,10 @@ def _summed(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def encoded(value: object) -> bytes:
+    return msgspec.json.encode(value)
+
+
 def models_list(models: Sequence[Model]) -> bytes:
     return msgspec.json.encode({"object": "list", "data": models})
 

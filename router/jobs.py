@@ -38,11 +38,11 @@ async def jobs_of(
 def _check_told(asked: GenerationRequest, prompt_tokens: int, limits: Limits) -> None:
     """Raise InvalidRequest if more is to be told of all prompts than one answer may have."""
     top = _prompt_logprobs(asked)
-    if top is not None and prompt_tokens * (1 + top) * asked.n > limits.max_told:
+    if top is not None and prompt_tokens * (1 + top) * asked.n > limits.told:
         field = "logprobs" if asked.prompt_logprobs is None else "prompt_logprobs"
         raise InvalidRequest(
             f"{field} asks for {1 + top} log probabilities of each of {prompt_tokens} prompt tokens, in {asked.n} "
-            f"answers; this server tells up to {limits.max_told} of prompts, so ask for fewer of them",
+            f"answers; this server tells up to {limits.told} of prompts, so ask for fewer of them",
             field,
         )
 

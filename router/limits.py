@@ -1,20 +1,51 @@
-"""How much one request may ask for in all, beside what each of its fields may be."""
+"""How much one request may ask for, and how long it may take to say so: looked at before any work is done for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from kvferry.common.errors import ConfigError
+
+
+def _limit(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """`max_choices` bounds prompts times n. `max_told` bounds the log probabilities that are told of prompts, n times
-    over: a prompt costs its sender little, and they are shaped while other requests wait. Of a batch, so many prompts
-    run side by side that they have no more than `choices_at_once` choices between them, but always one.
+    """Every bound of the HTTP side. A request at a bound passes, one beyond it is refused with a message of its own.
+
+    Names ending in `_bytes` are sizes, those in `_s` are seconds. Raises ConfigError for a bound that would refuse
+    everything.
     """
 
-    max_n: int = 128
-    max_prompts: int = 128
-    max_choices: int = 256
-    max_told: int = 2**18
-    choices_at_once: int = 32
+    body_bytes: int = _limit(16 * 2**20, "Largest request body.")
+    header_bytes: int = _limit(16 * 2**10, "Largest head of a request: its first line and all its headers.")
+    header_s: float = _limit(60.0, "How long a connection may be idle, or take to send the head of its next request.")
+    body_s: float = _limit(60.0, "How long the body of a request may take to arrive.")
+    write_s: float = _limit(30.0, "How long a client may read nothing while there is something to read.")
+    json_depth: int = _limit(32, "How deep objects and lists of a body may be nested.")
+    prompts: int = _limit(128, "Prompts of a batch.")
+    prompt_tokens: int = _limit(2**20, "Tokens of all prompts of a request.")
+    n: int = _limit(128, "Answers to a prompt.")
+    choices: int = _limit(256, "Answers of a request: prompts times n.")
+    choices_at_once: int = _limit(32, "Answers of a batch that run side by side; one prompt's always do.")
+    stops: int = _limit(16, "Stop strings of a request.")
+    stop_chars: int = _limit(256, "Characters of a stop string.")
+    stop_token_ids: int = _limit(128, "Stop tokens of a request.")
+    bad_words: int = _limit(128, "Words of a request that must not be said.")
+    bad_word_chars: int = _limit(256, "Characters of such a word.")
+    logit_bias: int = _limit(1024, "Tokens of a request that have a bias.")
+    logprobs: int = _limit(20, "Likeliest tokens that are told beside each token.")
+    told: int = _limit(2**18, "Log probabilities told of all prompts of a request; they are shaped while others wait.")
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            least, value = (0 if one.name in ("logprobs", "told") else 1), getattr(self, one.name)
+            if one.name.endswith("_s"):
+                if not 0 < value < float("inf"):
+                    raise ConfigError(f"the limit {one.name} is {value}; it must be a number of seconds above 0")
+            elif value < least:
+                raise ConfigError(f"the limit {one.name} is {value}; it must be at least {least}")
 
 
 DEFAULT_LIMITS = Limits()

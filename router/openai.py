@@ -258,13 +258,13 @@ def _request(
 def _check(request: GenerationRequest, limits: Limits) -> None:
     """Raise InvalidRequest where fields that are valid, each by itself, are not so together."""
     n, prompts, max_tokens = request.n, len(request.prompts), request.max_tokens
-    if n > limits.max_n:
-        raise InvalidRequest(f"n is {n}; this server gives at most {limits.max_n} answers to a prompt", "n")
-    if prompts > limits.max_prompts:
-        raise InvalidRequest(f"prompt is a batch of {prompts}; this server takes at most {limits.max_prompts} in a "
+    if n > limits.n:
+        raise InvalidRequest(f"n is {n}; this server gives at most {limits.n} answers to a prompt", "n")
+    if prompts > limits.prompts:
+        raise InvalidRequest(f"prompt is a batch of {prompts}; this server takes at most {limits.prompts} in a "
                              "request", "prompt")  # fmt: skip
-    if n * prompts > limits.max_choices:
-        raise InvalidRequest(f"n is {n} for each of {prompts} prompts; this server gives at most {limits.max_choices} "
+    if n * prompts > limits.choices:
+        raise InvalidRequest(f"n is {n} for each of {prompts} prompts; this server gives at most {limits.choices} "
                              "answers a request", "n")  # fmt: skip
     if max_tokens == 0 and not request.echo:
         raise InvalidRequest("max_tokens must be a whole number of at least 1, or 0 together with echo: true",

@@ -1,9 +1,12 @@
-"""Server-sent events over aiohttp.
+"""Answers on their way out: server-sent events, and bodies of any size.
 
-Headers go out with the first event, so a request that is refused before then still gets a status of its own.
+Nothing is buffered for a client that does not read: each write waits while the connection's send buffer is full, so a
+slow reader holds its producer back, and one that reads nothing for `write_s` is dropped.
 """
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 
@@ -12,17 +15,18 @@ HEADERS = {
     "Cache-Control": "no-cache, no-store",
     "X-Accel-Buffering": "no",  # nginx would hold events back otherwise
 }
+PIECE_BYTES = 64 * 2**10
 
 
 class EventStream:
     """One response that is a stream of events.
 
-    Every write waits while the connection's send buffer is full, so a slow reader holds its producer back. Writing to a
-    client that has gone raises ConnectionResetError.
+    Headers go out with the first event, so a request that is refused before then still gets a status of its own.
+    Writing to a client that has gone, or that is dropped, raises ConnectionResetError.
     """
 
-    def __init__(self, request: web.Request, headers: Mapping[str, str] | None = None):
-        self._request = request
+    def __init__(self, request: web.Request, write_s: float, headers: Mapping[str, str] | None = None):
+        self._request, self._write_s = request, write_s
         self.response = web.StreamResponse(headers={**HEADERS, **(headers or {})})
 
     @property
@@ -35,18 +39,50 @@ class EventStream:
         await self._write(b"data: " + payload + b"\n\n")
 
     async def error(self, payload: bytes) -> None:
-        """Send an event of the type `error`; clients of OpenAI's API see the `error` object in its data."""
-        await self._write(b"event: error\ndata: " + payload + b"\n\n")
+        """Send an event of the type `error` and close the body, without the end mark; clients of OpenAI's API see the
+        `error` object in its data."""
+        await self._write(b"event: error\ndata: " + payload + b"\n\n", last=True)
 
     async def done(self) -> None:
         """Send the end mark and close the body."""
-        await self._write(b"data: [DONE]\n\n")
-        await self.response.write_eof()
+        await self._write(b"data: [DONE]\n\n", last=True)
 
-    async def _write(self, event: bytes) -> None:
-        try:
+    async def _write(self, event: bytes, last: bool = False) -> None:
+        async with reading(self._request, self._write_s):
             if not self.response.prepared:
                 await self.response.prepare(self._request)
             await self.response.write(event)
-        except ConnectionError as error:  # aiohttp has several, by where it notices
-            raise ConnectionResetError("the client has gone") from error
+            if last:
+                await self.response.write_eof()
+
+
+async def send_json(
+    request: web.Request, body: bytes, write_s: float, headers: Mapping[str, str]
+) -> web.StreamResponse:
+    """A whole answer. A large one goes out piece by piece."""
+    if len(body) <= PIECE_BYTES:
+        return web.Response(body=body, content_type="application/json", headers=headers)
+    response = web.StreamResponse(headers={**headers, "Content-Type": "application/json"})
+    response.content_length = len(body)
+    for start in range(0, len(body), PIECE_BYTES):
+        async with reading(request, write_s):
+            if not response.prepared:
+                await response.prepare(request)
+            await response.write(body[start : start + PIECE_BYTES])
+    async with reading(request, write_s):
+        await response.write_eof()
+    return response
+
+
+@asynccontextmanager
+async def reading(request: web.Request, write_s: float) -> AsyncIterator[None]:
+    """For a write, which waits until the client has read enough."""
+    try:
+        async with asyncio.timeout(write_s):
+            yield
+    except TimeoutError as error:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError(f"the client read nothing for {write_s:g} s") from error
+    except ConnectionError as error:  # aiohttp has several, by where it notices
+        raise ConnectionResetError("the client has gone") from error

@@ -1,6 +1,8 @@
 """What HTTP clients and operators meet beside the tokens."""
 
+import re
 import socket
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -102,12 +104,20 @@ def test_a_refusal_names_its_field(fields: dict[str, Any], param, llama, prompts
         ("POST", "/v1/embeddings", 404),
         ("GET", "/metrics", 404),
         ("GET", "/nodes", 404),
+        ("DELETE", "/v1/models/llama", 405),
+        ("PUT", "/health", 405),
+        ("POST", "/", 404),
     ],
 )
 def test_other_routes(method, path, status, llama):
     answer = llama.http.request(method, path)
     assert answer.status_code == status
-    assert answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == (
+        "invalid_request_error", "not_found" if status == 404 else "method_not_allowed")  # fmt: skip
+    assert path in error["message"]
+    assert answer.headers["X-Request-Id"]
+    assert ("Allow" in answer.headers) == (status == 405)
 
 
 def test_health_and_models(llama):
@@ -116,6 +126,18 @@ def test_health_and_models(llama):
     models = llama.http.get("/v1/models", headers={"Authorization": f"Bearer {llama.key}"}).json()
     assert models["object"] == "list"
     assert [(model["id"], model["max_model_len"]) for model in models["data"]] == [("llama", 1024)]
+    assert llama.http.get("/version").json() == {"version": version("kvferry")}
+
+
+@pytest.mark.parametrize("name", ["nobody", "nobody/at-all", "llama/"])
+def test_one_model(name, llama):
+    key = {"Authorization": f"Bearer {llama.key}"}
+    one = llama.http.get("/v1/models/llama", headers=key)
+    assert one.json() == llama.http.get("/v1/models", headers=key).json()["data"][0]
+    assert llama.http.get("/v1/models/llama").status_code == 401
+    answer = llama.http.get(f"/v1/models/{name}", headers=key)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert name in answer.json()["error"]["message"]
 
 
 def test_a_request_id_is_kept(llama, prompts):
@@ -123,6 +145,26 @@ def test_a_request_id_is_kept(llama, prompts):
     answer = llama.http.post("/v1/completions", json=llama.body(prompts.tokens(5)), headers=headers)
     assert answer.headers["X-Request-Id"] == "mine-1"
     assert answer.json()["id"] == "cmpl-mine-1"
+
+
+@pytest.mark.parametrize("given", ["a" * 65, "with space", "h\u00e9", "semi;colon", ""])
+def test_a_request_id_that_could_do_harm_is_replaced(given, llama):
+    answer = llama.http.get("/health", headers=[(b"X-Request-Id", given.encode())])
+    assert answer.headers["X-Request-Id"] != given
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
+    refused = llama.http.post("/v1/completions", headers={"X-Request-Id": "a" * 64})
+    assert (refused.status_code, refused.headers["X-Request-Id"]) == (401, "a" * 64)
+
+
+def test_headers_make_no_tenant(llama, keys, prompts):
+    """Who asks is told by the key alone."""
+    prompt = prompts.tokens(40)
+    assert llama.ask(prompt).cached == 0
+    claims = {"X-Tenant": "acme", "X-Tenant-Id": "acme", "X-Forwarded-User": "acme", "OpenAI-Organization": "acme"}
+    key = {"Authorization": f"Bearer {keys['beta']}"}
+    answer = llama.http.post("/v1/completions", json=llama.body(prompt), headers=claims | key)
+    assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert llama.ask(prompt).cached == 32
 
 
 def test_a_text_prompt(llama, oracle, prompts):

@@ -21,11 +21,11 @@ MODEL = ServedModel(b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 264, 64)
 POOL = 48
 
 
-def jobs(kind: str = "completion", max_told: int = 2**18, **fields) -> list[Job]:
+def jobs(kind: str = "completion", told: int = 2**18, **fields) -> list[Job]:
     said = {"messages": [{"role": "user", "content": "p"}]} if kind == "chat" else {"prompt": "p"}
     asked = parse_request(kind, json.dumps({"model": "m", **said, **fields}).encode())
     keys = TenantKeys.from_chain_key(b"k" * 32)
-    return asyncio.run(jobs_of(asked, Limits(max_told=max_told), keys, "r", BYTES, MODEL, POOL))
+    return asyncio.run(jobs_of(asked, Limits(told=told), keys, "r", BYTES, MODEL, POOL))
 
 
 def refused(**fields) -> InvalidRequest:
@@ -80,9 +80,9 @@ def test_what_is_told_of_which_tokens(fields, logprobs, prompt_logprobs):
 def test_how_much_is_told_of_prompts():
     """Log probabilities: of each token its own and the likeliest, over all prompts and answers."""
     prompts = {"prompt": [[97] * 10, [97] * 5], "n": 2}
-    assert len(jobs(prompt_logprobs=3, max_told=120, **prompts)) == 2
-    error = refused(prompt_logprobs=3, max_told=119, **prompts)
+    assert len(jobs(prompt_logprobs=3, told=120, **prompts)) == 2
+    error = refused(prompt_logprobs=3, told=119, **prompts)
     assert error.param == "prompt_logprobs"
     assert "4 log probabilities of each of 15 prompt tokens, in 2 answers" in str(error)
-    assert refused(echo=True, logprobs=3, max_told=119, **prompts).param == "logprobs"
-    assert len(jobs(logprobs=3, max_told=0, **prompts)) == 2, "nothing is told of the prompts"
+    assert refused(echo=True, logprobs=3, told=119, **prompts).param == "logprobs"
+    assert len(jobs(logprobs=3, told=0, **prompts)) == 2, "nothing is told of the prompts"

@@ -283,7 +283,7 @@ def test_echo():
 
 
 def test_how_many_answers_a_request_may_want():
-    limits = Limits(max_n=4, max_prompts=3, max_choices=8)
+    limits = Limits(n=4, prompts=3, choices=8)
 
     def param(**fields: Any) -> str | None:
         body = json.dumps(MINIMAL["completion"] | fields).encode()

@@ -1,0 +1,175 @@
+"""One request for text, from what was asked to the last byte of its answer."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+
+from aiohttp import web
+
+from kvferry.common.clock import Clock
+from kvferry.common.config import RouterConfig
+from kvferry.common.errors import KvferryError, Overloaded, outcome_of
+from kvferry.router.accounting import Metrics, Record
+from kvferry.router.answers import Answer, error_body, usage_of_all
+from kvferry.router.choices import Part, Telling, joined, tellings
+from kvferry.router.flow import Flow, Job
+from kvferry.router.jobs import jobs_of
+from kvferry.router.limits import Limits
+from kvferry.router.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
+from kvferry.router.merge import side_by_side
+from kvferry.router.nodes import Nodes
+from kvferry.router.openai import GenerationRequest
+from kvferry.router.placement import least_loaded
+from kvferry.router.quota import Grant, blocks_for
+from kvferry.router.sse import EventStream, send_json
+from kvferry.router.tenants import Tenant
+from kvferry.router.text import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Generator:
+    """Answers requests for text. One for a router; it knows how many are open."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        limits: Limits,
+        tokenizer: Tokenizer,
+        nodes: Nodes,
+        flow: Flow,
+        metrics: Metrics,
+        clock: Clock,
+    ):
+        self._config, self._limits, self._tokenizer = config, limits, tokenizer
+        self._nodes, self._flow, self._metrics, self._clock = nodes, flow, metrics, clock
+        self._open = 0
+        self._idle = asyncio.Event()
+
+    async def drain(self) -> None:
+        """Let open requests end for `drain_s`; then each of them gets an error, and no new one is taken."""
+        self._idle.clear()
+        if self._open:
+            try:
+                await asyncio.wait_for(self._idle.wait(), self._config.drain_s)
+            except TimeoutError:
+                log.warning("%d requests are ended by the shutdown", self._open)
+        self._flow.stop()
+
+    async def answer(
+        self, request: web.Request, asked: GenerationRequest, tenant: Tenant, grant: Grant
+    ) -> web.StreamResponse:
+        """Raises KvferryError as long as nothing was sent, ConnectionResetError when the client is not there."""
+        if self._open >= self._config.max_concurrent:
+            raise Overloaded(f"{self._open} requests are being served already; try again later")
+        request["counted"] = True
+        self._open += 1
+        self._metrics.open_requests.set(self._open)
+        arrived, outcome, records = self._clock.now(), "cancelled", []
+        try:
+            jobs = await self._jobs(asked, tenant, grant, request["id"])
+            records += [Record(job.request_id, len(job.token_ids), arrived) for job in jobs]
+            told = tellings(jobs, records, asked, self._tokenizer)
+            send = self._stream if asked.stream else self._whole
+            response = await send(request, asked, told, grant)
+            outcome = "ok"
+            return response
+        except KvferryError as error:
+            outcome = outcome_of(error).code
+            raise
+        except ConnectionResetError as error:
+            log.info("the client is not there: %s", error, extra={"request_id": request["id"]})
+            raise
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
+            self._metrics.open_requests.set(self._open)
+            self._metrics.requests.labels(outcome).inc()
+            for record in records:
+                self._metrics.count(record)
+
+    async def _jobs(self, asked: GenerationRequest, tenant: Tenant, grant: Grant, request_id: str) -> list[Job]:
+        model = await self._flow.ready_model(self._config.node_wait_s)
+        pools = [node.status.total_blocks for node in least_loaded(self._nodes.decode)]
+        blocks, block_size = max(pools), model.layout.block_size
+        if (most := tenant.limits.kv_blocks) is not None:
+            blocks = min(blocks, most // (len(asked.prompts) * asked.n))
+        jobs = await jobs_of(asked, self._limits, tenant.keys, request_id, self._tokenizer, model, blocks * block_size)
+        lengths = [len(job.token_ids) for job in jobs]
+        needed = [blocks_for(len(job.token_ids), job.params.max_tokens, job.params.n, block_size) for job in jobs]
+        grant.take_prompts(lengths, sum(needed))
+        return [replace(job, weight=tenant.limits.weight) for job in jobs]
+
+    def _answer(self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling]) -> Answer:
+        shape = None
+        if asked.logprobs is not None:
+            of_kind = completion_logprobs if asked.kind == "completion" else chat_logprobs
+            shape = partial(of_kind, top=asked.logprobs, tokenizer=self._tokenizer)
+        prompts = [one.job.token_ids for one in told] if asked.return_token_ids else None
+        created = int(time.time())
+        return Answer(asked.kind, asked.model, request["id"], created, asked.include_usage, shape, prompts, asked.n)
+
+    async def _whole(
+        self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling], grant: Grant
+    ) -> web.StreamResponse:
+        answer = self._answer(request, asked, told)
+        async with aclosing(self._parts(asked, told, grant)) as arriving:
+            parts = joined([part async for part in arriving], len(told) * asked.n)
+        prompts = None
+        if (top := asked.prompt_logprobs) is not None:
+            prompts = [prompt_logprobs(one.job.token_ids, one.prompt_logprobs, top, self._tokenizer) for one in told]
+        body = answer.whole(parts, usage_of_all([one.record for one in told]), prompts)
+        return await send_json(request, body, self._limits.write_s, {"X-Request-Id": request["id"]})
+
+    async def _stream(
+        self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling], grant: Grant
+    ) -> web.StreamResponse:
+        answer = self._answer(request, asked, told)
+        events = EventStream(request, self._limits.write_s, {"X-Request-Id": request["id"]})
+        try:
+            async with aclosing(self._parts(asked, told, grant)) as parts:
+                async for part in parts:
+                    for chunk in answer.chunks(part):
+                        await events.data(chunk)
+            if asked.include_usage:
+                await events.data(answer.usage_chunk(usage_of_all([one.record for one in told])))
+            await events.done()
+        except ConnectionResetError:
+            raise
+        except Exception as error:
+            if not events.started:
+                raise
+            known = isinstance(error, KvferryError)
+            log.warning(
+                "a stream ended in an error: %s", error, exc_info=not known, extra={"request_id": request["id"]}
+            )
+            await events.error(error_body(error))
+        return events.response
+
+    async def _parts(
+        self, asked: GenerationRequest, told: Sequence[Telling], grant: Grant
+    ) -> AsyncGenerator[Part, None]:
+        """What the choices of all prompts say, as it comes. The first prompt that fails fails the request."""
+        at_once = max(1, self._limits.choices_at_once // asked.n)
+        streams = [one.parts(self._flow) for one in told]
+        last: dict[int, float] = {}
+        async with aclosing(streams[0] if len(streams) == 1 else side_by_side(streams, at_once)) as parts:
+            async for part in parts:
+                if part.token_ids:
+                    self._measure(part, told[0].record.arrived, last)
+                    grant.take_tokens(len(part.token_ids))
+                yield part
+
+    def _measure(self, part: Part, arrived: float, last: dict[int, float]) -> None:
+        """`last`: when tokens of each choice last came."""
+        now = self._clock.now()
+        if not last:
+            self._metrics.ttft.observe(now - arrived)
+        elif part.index in last:
+            self._metrics.itl.observe((now - last[part.index]) / len(part.token_ids))
+        last[part.index] = now

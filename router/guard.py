@@ -1,0 +1,81 @@
+"""Around every route: a request has an id and a head of bounded size, and whatever goes wrong has an answer. And its
+body, read within bounds."""
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from kvferry.common.errors import HeadersTooLarge, InvalidRequest, KvferryError, outcome_of
+from kvferry.router.accounting import Metrics
+from kvferry.router.limits import Limits
+from kvferry.router.refusals import error_response, told_of, too_large, too_slow
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+FIRST_LINE_REST = len("  HTTP/1.1\r\n")  # beside the method and the path
+LINE_REST = len(": \r\n")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = logging.getLogger(__name__)
+
+
+def guard(limits: Limits, metrics: Metrics) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    """The middleware: every error in OpenAI's shape, every answer with the request's id. A refusal is counted here,
+    unless the request is `counted` by its handler."""
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("X-Request-Id", "")
+        request["id"] = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        try:
+            check_head(request, limits)
+            response = await handler(request)
+        except web.HTTPException as error:
+            response = refuse(request, told_of(error, request))
+        except KvferryError as error:
+            response = refuse(request, error)
+        except ConnectionResetError:
+            raise  # the client went: there is nobody to answer
+        except Exception as error:
+            log.exception("a request failed", extra={"request_id": request["id"]})
+            response = error_response(error, request["id"])
+        if not response.prepared:
+            response.headers["X-Request-Id"] = request["id"]
+        return response
+
+    def refuse(request: web.Request, error: KvferryError) -> web.Response:
+        outcome = outcome_of(error)
+        if not request.get("counted"):
+            metrics.requests.labels(outcome.code).inc()
+        told = {"request_id": request["id"]}
+        log.info("%s refused: %d %s", request.method, outcome.http, outcome.code, extra=told)
+        return error_response(error, request["id"])
+
+    return guarded
+
+
+def check_head(request: web.Request, limits: Limits) -> None:
+    size = len(request.method) + len(request.raw_path) + FIRST_LINE_REST + len("\r\n")
+    size += sum(len(name) + len(value) + LINE_REST for name, value in request.raw_headers)
+    if size > limits.header_bytes:
+        raise HeadersTooLarge(
+            f"the request's head has {size} bytes; this server takes {limits.header_bytes}, so send fewer headers"
+        )
+
+
+async def read_body(request: web.Request, limits: Limits) -> bytes:
+    """The whole body. Raises TooLarge, before reading where its length is told, ArrivedTooSlowly, and InvalidRequest
+    for one that is not what its headers say."""
+    if (request.content_length or 0) > limits.body_bytes:
+        raise too_large(limits.body_bytes)
+    try:
+        async with asyncio.timeout(limits.body_s):
+            return await request.read()
+    except TimeoutError:
+        raise too_slow(limits.body_s) from None
+    except web.RequestPayloadError as error:
+        raise InvalidRequest("the body is not as its headers say, or its chunks are broken") from error

@@ -1,0 +1,95 @@
+"""The clients' sockets. HTTP is aiohttp's; ours are its bounds, and the words for what is no HTTP."""
+
+import logging
+import uuid
+
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+
+from kvferry.common.errors import ConfigError, HeadersTooLarge, Internal, InvalidRequest, KvferryError
+from kvferry.router.limits import Limits
+from kvferry.router.refusals import error_response
+
+LAST_WORDS_S = 0.5  # for answers that say that the server stops
+LINGER_S = 5.0  # what is left of a refused request's body is read and dropped for so long, so that the answer is seen
+MAX_HEADERS = 128
+
+log = logging.getLogger(__name__)
+
+
+async def listen(app: web.Application, host: str, port: int, limits: Limits) -> web.AppRunner:
+    """Serve `app`; a client that goes cancels its handler, and one that sends no whole head in time is dropped. Raises
+    ConfigError when the address is taken."""
+    runner = Runner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=LAST_WORDS_S,
+        keepalive_timeout=limits.header_s,
+        lingering_time=LINGER_S,
+        max_line_size=limits.header_bytes,
+        max_field_size=limits.header_bytes,
+        max_headers=MAX_HEADERS,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+    return runner
+
+
+class Runner(web.AppRunner):
+    """Runs an application over connections of ours."""
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        given = {name: value for name, value in self._kwargs.items() if name != "handler_cancellation"}
+        return Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=made.handler_cancellation,
+            **given,
+        )
+
+
+class Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+
+class Connection(web.RequestHandler):
+    """One client's connection."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what never became a request, or failed outside of the routes. Raises ConnectionError where
+        there is nobody to answer."""
+        if isinstance(exc, ConnectionError):
+            raise exc
+        if request.writer.output_size > 0:
+            raise ConnectionResetError("the answer has begun, so it cannot become an error") from exc
+        response = error_response(self._said_of(exc), uuid.uuid4().hex)
+        response.force_close()
+        return response
+
+    def _said_of(self, exc: BaseException | None) -> KvferryError:
+        """Nothing of what the client sent: a key may be in it."""
+        if isinstance(exc, LineTooLong):
+            return HeadersTooLarge(
+                f"a line of the request's head is larger than the {self.max_field_size} bytes that this server takes"
+            )
+        if isinstance(exc, BadHttpMessage) and "Too many headers" in exc.message:
+            return HeadersTooLarge(f"the request has more than the {self.max_headers} headers that this server takes")
+        if isinstance(exc, BadHttpMessage):
+            return InvalidRequest("what came is not an HTTP request")
+        log.error("a connection failed", exc_info=exc)
+        return Internal("the router failed on this request; its log has the cause")
