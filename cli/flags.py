@@ -130,7 +130,7 @@ def annotation(flags: Flags, setting: Setting) -> Any:
         help=f"{setting.help}{default_text(setting)}",
         rich_help_panel=PANELS[setting.section],
     )
-    return Annotated[(list[str] if setting.many else bool if setting.hint is bool else str) | None, option]
+    return Annotated[(list[str] if setting.many else str) | None, option]
 
 
 def default_text(setting: Setting) -> str:

@@ -93,9 +93,9 @@ class Setting:
             return given
         if self.is_size:
             return "SIZE"
-        return {int: "NUMBER", float: "SECONDS" if self.field.name.endswith("_s") else "NUMBER", Path: "PATH"}.get(
-            self.hint, "TEXT"
-        )
+        if self.field.name.endswith("_s"):
+            return "SECONDS"
+        return {int: "NUMBER", float: "NUMBER", bool: "TRUE|FALSE", Path: "PATH"}.get(self.hint, "TEXT")
 
     def parse(self, given: object) -> Any:
         """The value that was given: text, or a list of texts, or what TOML has. Raises ConfigError."""
