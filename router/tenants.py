@@ -1,8 +1,9 @@
 """Who may ask: what an API key stands for, as the tenants file has it now.
 
-A running router looks at its file twice a second and takes a changed one whole; one that is damaged or gone changes
-nothing. From then on a key that was revoked, or has expired, is refused: what it has asked before is answered to its
-end. A tenant that was erased is gone at once, and so is what it has under way.
+A running router looks at its file twice a second and takes a changed one whole, once it has stood still between two
+looks; one that is damaged or gone changes nothing. From then on a key that was revoked, or has expired, is refused:
+what it has asked before is answered to its end. A tenant that was erased is gone at once, and so is what it has under
+way.
 """
 
 import asyncio
@@ -113,7 +114,7 @@ class LiveTenants:
     def __init__(self, path: Path | None, clock: Clock | None = None):
         """Without a path, one tenant for everybody. Raises ConfigError where the file cannot be used."""
         self._path, self._clock = path, clock or WallClock()
-        self._seen = self._signature()
+        self._seen = self._last = self._signature()
         self._fault = ""
         self.now = Tenants.single() if path is None else Tenants.of(read_file(path), self._clock)
 
@@ -134,10 +135,11 @@ class LiveTenants:
                 log.exception("looking at the tenants file failed: this is a bug")
 
     def look(self) -> Tenants | None:
-        """The tenants of a file that is another than the one last read; None if it is the same or cannot be used,
-        which is logged once, and tried again the next time."""
-        signature = self._signature()
-        if signature == self._seen or self._path is None:
+        """The tenants of a file that is another than the one last read; None if it is the same, or has changed since
+        the last look and may still be written, or cannot be used, which is logged once, and tried again."""
+        before, signature = self._last, self._signature()
+        self._last = signature
+        if self._path is None or signature == self._seen or signature != before:
             return None
         try:
             file = read_file(self._path)

@@ -112,6 +112,8 @@ def read_file(path: Path) -> TenantsFile:
         raise ConfigError(f"the tenants file {path} cannot be read: {error.strerror}") from error
     if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(f"the tenants file {path} holds secrets and others may read it; run `chmod 600 {path}`")
+    if not data.endswith(b"\n"):  # half a file can be good TOML, and would revoke the keys of the other half
+        raise ConfigError(f"the tenants file {path} is not valid: it was cut off, for it does not end with a newline")
     try:
         file = msgspec.convert(tomllib.loads(data.decode()), TenantsFile)
     except UnicodeDecodeError:

@@ -256,13 +256,40 @@ def test_an_erased_tenant_leaves_nothing_behind(two):
 # -- a file that changes ----------------------------------------------------------------------------------------------
 
 
+def look(live: LiveTenants) -> Tenants | None:
+    """Two looks: a file is read when it stands still."""
+    return live.look() or live.look()
+
+
+def test_a_file_that_is_being_written_is_waited_for(two):
+    path, first, _ = two
+    live, text = LiveTenants(path), path.read_text()
+    half = text.index("[[keys]]")
+    for end in range(half, len(text), 20):
+        path.write_text(text[:end])
+        assert live.look() is None
+    path.write_text(text)
+    assert live.look() is None
+    assert live.look().authenticate(f"Bearer {first}").name == "acme"
+
+
+def test_a_file_that_was_cut_off_is_refused(two):
+    path, *_ = two
+    text = path.read_text()
+    for end in range(len(text)):
+        if not text[:end].endswith("\n"):
+            path.write_text(text[:end])
+            with pytest.raises(ConfigError, match="it was cut off, for it does not end with a newline"):
+                read_file(path)
+
+
 def test_a_changed_file_is_taken_whole(two):
     path, first, second = two
     live = LiveTenants(path)
     before = live.now
-    assert live.look() is None
+    assert look(live) is None
     write_file(path, without_key(read_file(path), first.split("-")[1]))
-    found = live.look()
+    found = look(live)
     assert live.now is before
     assert found.authenticate(f"Bearer {second}").name == "bolt.io"
     with pytest.raises(Unauthenticated):
@@ -276,7 +303,8 @@ def break_off(path, text):
 
 FAULTS = {
     "cut": (break_off, "not valid"),
-    "empty": (lambda path, text: path.write_text(""), "cluster_secret"),
+    "empty": (lambda path, text: path.write_text(""), "cut off"),
+    "another file": (lambda path, text: path.write_text("[server]\nport = 1\n"), "unknown field `server`"),
     "binary": (lambda path, text: path.write_bytes(b"\xff\xfe" + text.encode()), "it is not UTF-8"),
     "readable by others": (lambda path, text: path.chmod(0o644), "run `chmod 600 "),
     "gone": (lambda path, text: path.unlink(), "there is no tenants file"),
@@ -303,7 +331,7 @@ def test_a_damaged_file_changes_nothing_and_is_told_of_once(two, fault, caplog):
             path.rmdir()
         path.write_text(text)
         path.chmod(0o600)
-        assert live.look().authenticate(f"Bearer {first}").name == "acme"
+        assert look(live).authenticate(f"Bearer {first}").name == "acme"
         assert caplog.messages[1:] == ["the tenants file has changed: 2 tenants, 2 keys"]
 
 
@@ -314,7 +342,7 @@ def test_a_file_written_in_place_with_the_old_time_is_another(two):
     salt = read_file(path).tenants["acme"].tenant_salt
     path.write_text(path.read_text().replace(salt, salt[::-1]))
     os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
-    assert live.look()["acme"] != live.now["acme"]
+    assert look(live)["acme"] != live.now["acme"]
 
 
 def test_watching_tells_of_those_that_were_erased(two, monkeypatch):
