@@ -59,7 +59,7 @@ def check_memory(found: Found, engines: Sequence[EngineConfig], store_bytes: int
     parts = f"{weights / GIB:.1f} GiB of weights and {pages / GIB:.1f} GiB of KV pages"
     parts += f" for each of {len(engines)} workers" if len(engines) > 1 else ""
     parts += f", and {store_bytes / GIB:.1f} GiB of store" if store_bytes else ""
-    ways = ["--dtype bfloat16"] if engines[0].dtype in ("auto", "float32") else []
+    ways = ["--dtype bfloat16"] if found.weight_bytes("bfloat16") < weights else []
     ways += ["a smaller --kv-cache-size", *(["--store-size"] if store_bytes else []), "or a smaller model"]
     raise ConfigError(
         f"{found.name} does not fit: {parts} are {needed / GIB:.1f} GiB, and this host has {available / GIB:.1f} GiB "
