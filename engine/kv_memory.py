@@ -1,11 +1,23 @@
 """The page pool's memory: one tensor, and each block of it as bytes."""
 
+import logging
 import mmap
 
 import torch
 
 from kvferry.common.block import BlockLayout
 from kvferry.common.errors import ConfigError
+
+
+log = logging.getLogger(__name__)
+
+
+def ask_for_huge_pages(pages: mmap.mmap) -> None:
+    """Reading blocks from all over the pool misses the TLB less then. A system that has none is as well."""
+    try:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except (AttributeError, OSError) as error:
+        log.debug("the page pool lies in pages of ordinary size: %s", error)
 
 
 class KvMemory:
@@ -19,11 +31,13 @@ class KvMemory:
         shape, dtype = (num_blocks, *layout.shape), getattr(torch, layout.dtype)
         if device.type == "cpu":
             try:
-                self._bytes = memoryview(mmap.mmap(-1, num_blocks * layout.block_bytes))
+                pages = mmap.mmap(-1, num_blocks * layout.block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError as error:
                 raise ConfigError(
                     f"{num_blocks} KV blocks of {layout.block_bytes} bytes do not fit in memory"
                 ) from error
+            ask_for_huge_pages(pages)
+            self._bytes = memoryview(pages)
             self.tensor = torch.frombuffer(self._bytes, dtype=dtype).view(shape)
         else:
             self._bytes = None

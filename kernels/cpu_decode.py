@@ -58,7 +58,6 @@ class CpuDecode:
         start = layer * self._pool.stride(2)
         sinks = None if scoring.sinks is None else scoring.sinks.to(torch.float32).contiguous()
         self._call["keys"] = self._pool.data_ptr() + start * self._pool.element_size()
-        self._call["elements"] = self._pool.numel() - start
         self._call["sinks"] = 0 if sinks is None else sinks.data_ptr()
         self._call["softcap"] = scoring.softcap or 0.0
         self._call["out"] = attended.data_ptr()

@@ -14,7 +14,6 @@ from numba import carray, from_dtype, njit
 
 from kvferry.kernels.native import (
     FAST,
-    LINE,
     Kernel,
     barrier,
     bfloats_at,
@@ -22,14 +21,19 @@ from kvferry.kernels.native import (
     floats_at,
     halves_at,
     integers_at,
+    lanes,
     pointer_to,
-    prefetch,
     thread,
     threads,
     wide,
 )
+from kvferry.kernels.vectors import onward, products, weighted
 
 PIECE = 512
+AHEAD = 2  # blocks
+TOGETHER = 4  # keys
+LANES = lanes()
+WIDE = 4  # vectors of a value that are added at once
 f32, i32 = np.float32, np.int32
 
 
@@ -43,7 +47,6 @@ CALL = np.dtype(
         ("block_size", np.int64),
         ("block_stride", np.int64),  # elements from a block to the next
         ("head_stride", np.int64),  # elements from a block's KV head to the next
-        ("elements", np.int64),  # from `keys` to the pool's end
         ("keys", np.int64),  # a layer's, in the first block; its values are behind them
         ("query", np.int64),  # fp32 [rows, kv_heads, group, head_dim], scaled
         ("out", np.int64),  # fp32, of the same shape
@@ -117,73 +120,90 @@ def weigh(scores, most):
     return total
 
 
-@njit(fastmath=FAST)
-def score(query, keys, scores, group, dim, begin, end, later):
-    """Scores `[group, end - begin]` of a block's keys from `begin` to `end`. `later`: the block that is read next."""
-    for j in range(begin, end):
-        key = keys[j * dim : (j + 1) * dim]
-        for c in range(0, dim, LINE // keys.itemsize):
-            prefetch(later, j * dim + c)
-        for g in range(group):
-            asked = query[g * dim : (g + 1) * dim]
-            total = f32(0)
-            for d in range(dim):
-                total += asked[d] * wide(key[d])
-            scores[g, j - begin] = total
+score_4, score_3, score_2, score_1 = (products(TOGETHER, few) for few in (4, 3, 2, 1))
+score_one = products(1, 1)
+add_4, add_3, add_2, add_1 = (weighted(few, WIDE) for few in (4, 3, 2, 1))
+add_narrow = weighted(1, 1)
 
 
 @njit(fastmath=FAST)
-def add(weights, values, sums, group, dim, begin, end, later):
-    """Add a block's values from `begin` to `end`, times their weights, to `sums[group * dim]`; four at a time."""
-    whole = begin + (end - begin) // 4 * 4
-    for j in range(begin, whole, 4):
-        v0, v1 = values[j * dim : (j + 1) * dim], values[(j + 1) * dim : (j + 2) * dim]
-        v2, v3 = values[(j + 2) * dim : (j + 3) * dim], values[(j + 3) * dim : (j + 4) * dim]
-        for c in range(0, 4 * dim, LINE // values.itemsize):
-            prefetch(later, j * dim + c)
+def score(query, keys, count, scores, group, dim, later):
+    """`scores[g * PIECE + i]` of `count` keys in a row. `later`: those that are read next."""
+    whole = count - count % TOGETHER
+    for i in range(0, whole, TOGETHER):
+        own, ahead = onward(keys, i * dim), onward(later, i * dim)
+        g = 0
+        while group - g >= 4:
+            score_4(own, onward(query, g * dim), dim, onward(scores, g * PIECE + i), PIECE, ahead)
+            g += 4
+        if group - g == 3:
+            score_3(own, onward(query, g * dim), dim, onward(scores, g * PIECE + i), PIECE, ahead)
+        elif group - g == 2:
+            score_2(own, onward(query, g * dim), dim, onward(scores, g * PIECE + i), PIECE, ahead)
+        elif group - g == 1:
+            score_1(own, onward(query, g * dim), dim, onward(scores, g * PIECE + i), PIECE, ahead)
+    for i in range(whole, count):
         for g in range(group):
-            w0, w1, w2, w3 = (
-                weights[g, j - begin],
-                weights[g, j - begin + 1],
-                weights[g, j - begin + 2],
-                weights[g, j - begin + 3],
-            )
-            own = sums[g * dim : (g + 1) * dim]
-            for d in range(dim):
-                own[d] += w0 * wide(v0[d]) + w1 * wide(v1[d]) + w2 * wide(v2[d]) + w3 * wide(v3[d])
-    for j in range(whole, end):
-        value = values[j * dim : (j + 1) * dim]
+            own = onward(keys, i * dim)
+            score_one(own, onward(query, g * dim), dim, onward(scores, g * PIECE + i), PIECE, own)
+
+
+@njit(fastmath=FAST)
+def add(weights, values, count, sums, group, dim, later):
+    """Add `count` values in a row, times `weights[g * PIECE + i]`, to `sums[g * dim + d]`."""
+    d = 0
+    while dim - d >= WIDE * LANES:
+        own, ahead = onward(values, d), onward(later, d)
+        g = 0
+        while group - g >= 4:
+            add_4(own, dim, count, onward(weights, g * PIECE), PIECE, onward(sums, g * dim + d), ahead)
+            g += 4
+        if group - g == 3:
+            add_3(own, dim, count, onward(weights, g * PIECE), PIECE, onward(sums, g * dim + d), ahead)
+        elif group - g == 2:
+            add_2(own, dim, count, onward(weights, g * PIECE), PIECE, onward(sums, g * dim + d), ahead)
+        elif group - g == 1:
+            add_1(own, dim, count, onward(weights, g * PIECE), PIECE, onward(sums, g * dim + d), ahead)
+        d += WIDE * LANES
+    while dim - d >= LANES:
+        own, ahead = onward(values, d), onward(later, d)
         for g in range(group):
-            weight, own = weights[g, j - begin], sums[g * dim : (g + 1) * dim]
-            for d in range(dim):
-                own[d] += weight * wide(value[d])
+            add_narrow(own, dim, count, onward(weights, g * PIECE), PIECE, onward(sums, g * dim + d), ahead)
+        d += LANES
+    for g in range(group):
+        for i in range(count):
+            for left in range(d, dim):
+                sums[g * dim + left] += weights[g * PIECE + i] * wide(values[i * dim + left])
 
 
 @njit(fastmath=FAST)
 def attend(query, keys, values, table, begin, end, sizes, softcap, scratch, partial):
     """One piece of one KV head, to `partial[group, dim + 2]`: sums, the largest score, the weights' sum."""
     group, dim, block_size, block, head = sizes
-    scores, sums = scratch[: group * PIECE].reshape(group, PIECE), scratch[group * PIECE :]
-    first, last, extent = begin // block_size, (end - 1) // block_size, block_size * dim
+    scores, sums = scratch, onward(scratch, group * PIECE)
+    first, last = begin // block_size, (end - 1) // block_size
     for page in range(first, last + 1):
-        at, later = table[page] * block + head, table[min(page + 1, last)] * block + head
-        own = max(begin, page * block_size)
-        left, right = own - page * block_size, min(end - page * block_size, block_size)
-        score(query, keys[at : at + extent], scores[:, own - begin :], group, dim, left, right, keys[later:])
+        at, later = table[page] * block + head, table[min(page + AHEAD, last)] * block + head
+        left, right = max(begin, page * block_size), min(end, (page + 1) * block_size)
+        skipped = (left - page * block_size) * dim
+        own = onward(scores, left - begin)
+        score(query, onward(keys, at + skipped), right - left, own, group, dim, onward(keys, later))
+    rows = carray(scores, (group, PIECE))
     for g in range(group):
-        own_scores = scores[g, : end - begin]
+        own_scores = rows[g, : end - begin]
         if softcap > 0:
             cap(own_scores, softcap)
         partial[g, dim] = largest(own_scores)
         partial[g, dim + 1] = weigh(own_scores, partial[g, dim])
-    sums[:] = f32(0)
+    totals = carray(sums, (group, dim))
+    totals[:] = f32(0)
     for page in range(first, last + 1):
-        at, later = table[page] * block + head, table[min(page + 1, last)] * block + head
-        own = max(begin, page * block_size)
-        left, right = own - page * block_size, min(end - page * block_size, block_size)
-        add(scores[:, own - begin :], values[at : at + extent], sums, group, dim, left, right, values[later:])
-    for g in range(group):
-        partial[g, :dim] = sums[g * dim : (g + 1) * dim]
+        at, later = table[page] * block + head, table[min(page + AHEAD, last)] * block + head
+        left, right = max(begin, page * block_size), min(end, (page + 1) * block_size)
+        skipped = (left - page * block_size) * dim
+        own = onward(scores, left - begin)
+        add(own, onward(values, at + skipped), right - left, sums, group, dim, onward(values, later))
+    partial[:, :dim] = totals
 
 
 @njit(fastmath=FAST)
@@ -209,16 +229,16 @@ def join(partial, sinks, out, group, dim):
 def decode(call, keys):
     """What one thread does: its share of the positions, and when all are done, of the rows."""
     rows, kv_heads, group, dim = call.rows, call.kv_heads, call.group, call.head_dim
-    query = carray(floats_at(call.query), (rows, kv_heads, group * dim))
+    query, scratch = floats_at(call.query), floats_at(call.scratch)
     out = carray(floats_at(call.out), (rows, kv_heads, group * dim))
-    values = keys[call.block_size * dim :]
+    values = onward(keys, call.block_size * dim)
     pieces = carray(integers_at(call.pieces), (call.count, 3))
     first = carray(integers_at(call.first), (rows + 1,))
     tables = carray(integers_at(call.tables), (rows, call.width))
     partial = carray(floats_at(call.partial), (call.count, kv_heads, group, dim + 2))
     sinks = carray(floats_at(call.sinks), (kv_heads, group if call.sinks else 0))
     team, mine = threads(), thread()
-    scratch = carray(floats_at(call.scratch), (team, group * (PIECE + dim)))[mine]
+    own_scratch = onward(scratch, mine * group * (PIECE + dim))
 
     positions = 0
     for i in range(call.count):
@@ -229,8 +249,8 @@ def decode(call, keys):
         for h in range(kv_heads):
             if begin <= at < end:
                 sizes = (group, dim, call.block_size, call.block_stride, h * call.head_stride)
-                own = partial[i, h]
-                attend(query[row, h], keys, values, tables[row], left, right, sizes, call.softcap, scratch, own)
+                asked, own = onward(query, (row * kv_heads + h) * group * dim), partial[i, h]
+                attend(asked, keys, values, tables[row], left, right, sizes, call.softcap, own_scratch, own)
             at += right - left
     barrier()
     heads = rows * kv_heads
@@ -241,17 +261,17 @@ def decode(call, keys):
 
 def decode_fp32(address):
     call = carray(call_at(address), (1,))[0]
-    decode(call, carray(floats_at(call.keys), (call.elements,)))
+    decode(call, floats_at(call.keys))
 
 
 def decode_bf16(address):
     call = carray(call_at(address), (1,))[0]
-    decode(call, carray(bfloats_at(call.keys), (call.elements,)))
+    decode(call, bfloats_at(call.keys))
 
 
 def decode_fp16(address):
     call = carray(call_at(address), (1,))[0]
-    decode(call, carray(halves_at(call.keys), (call.elements,)))
+    decode(call, halves_at(call.keys))
 
 
 ENTRIES: dict[torch.dtype, Callable[[int], None]] = {

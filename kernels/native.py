@@ -130,12 +130,12 @@ def prefetch(_: object, array: types.Array, index: types.Integer) -> tuple[Signa
 
 
 def fetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
-    """Write the instruction that has a pointer's cache line fetched for reading, into every cache."""
+    """Write the instruction that has a pointer's cache line fetched for reading, into the second level."""
     byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, all_levels, data = (ir.Constant(number, value) for value in (0, 3, 1))
-    builder.call(function, [builder.bitcast(pointer, byte), read, all_levels, data])
+    read, second_level, data = (ir.Constant(number, value) for value in (0, 2, 1))
+    builder.call(function, [builder.bitcast(pointer, byte), read, second_level, data])
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvferry.kernels.few_rows import ENTRIES, can_take, few_rows
+from kvferry.kernels.few_rows import ENTRIES, MOST_ROWS, few_rows
 
 
 class PackedLinear(nn.Module):
@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
         if self.weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         rows = x.numel() // self.in_features
-        if not can_take(rows, self.in_features):
+        if rows > MOST_ROWS:
             return F.linear(x, self.weight, self.bias)
         out = few_rows(x.reshape(rows, -1), self.weight)
         out = out if self.bias is None else out.add_(self.bias)

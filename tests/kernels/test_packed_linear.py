@@ -12,15 +12,15 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, MOST_ROWS - 1, MOST_ROWS, MOST_ROWS + 1, 300])
-@pytest.mark.parametrize("outputs", [128, 96, 48, 131, 1])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 128), (96, 48), (96, 131), (96, 1), (100, 7), (3, 5)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_layer(dtype, rows, outputs, bias):
+def test_a_linear_layer(dtype, rows, inputs, outputs, bias):
     assert can_pack(CPU, dtype), "these tests are meant to run where oneDNN is"
     torch.manual_seed(rows)
-    plain = torch.nn.Linear(96, outputs, bias=bias, dtype=dtype)
+    plain = torch.nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
     ours = PackedLinear(plain.weight, plain.bias)
     bound = 1e-4 if dtype is torch.float32 else 5e-2
-    for x in (torch.randn(2, rows, 96, dtype=dtype), torch.randn(rows, 2, 96, dtype=dtype).transpose(0, 1)[:1]):
+    for x in (torch.randn(2, rows, inputs, dtype=dtype), torch.randn(rows, 2, inputs, dtype=dtype).transpose(0, 1)[:1]):
         torch.testing.assert_close(ours(x), plain(x), rtol=bound, atol=bound)
 
 
