@@ -8,7 +8,6 @@ import torch
 from kvferry.common.block import BlockLayout
 from kvferry.common.errors import ConfigError
 
-
 log = logging.getLogger(__name__)
 
 
