@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from kvferry.common.config import LogConfig
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""The request that the current task works for; what it starts inherits it. Set where a request comes in, over HTTP or
-gRPC, and nowhere else."""
+"""The request that the current task works for; tasks that it starts inherit it. Set where a request comes in: by the
+guard around the router's routes, and where a worker opens a sequence or publishes one's blocks."""
 
 NOISY = ("httpx", "aiohttp.access", "transformers", "huggingface_hub", "filelock", "urllib3")
 

@@ -10,6 +10,7 @@ from itertools import groupby
 
 from kvferry.common.hashing import BlockName
 from kvferry.common.store_api import BlockStore, Claim, Match, MissReason, Payload, Reservation
+from kvferry.common.telemetry import REQUEST_ID
 from kvferry.engine.kv_memory import KvMemory
 from kvferry.engine.page_pool import PagePool
 from kvferry.engine.sequence import Sequence, Status
@@ -225,11 +226,12 @@ class BackgroundPublisher:
             self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
+        REQUEST_ID.set(self._seq.request_id)  # the engine's own task starts this one
         while batch := self._queued[:]:
             try:
                 await self._publish(batch, self._next)
             except Exception:  # the answer does not depend on it
-                log.exception("publishing for request %s failed", self._seq.request_id)
+                log.exception("publishing failed")
             self._pool.release(batch)
             self._next += len(batch)
             del self._queued[: len(batch)]

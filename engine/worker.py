@@ -17,6 +17,7 @@ from kvferry.common.errors import ConfigError, IncompatibleNode, Unavailable
 from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.store_api import BlockStore
+from kvferry.common.telemetry import REQUEST_ID
 from kvferry.common.wire import SERVER_OPTIONS, answers_errors, layout_to_wire, sampling_from_wire, scope_from_wire
 from kvferry.engine.engine import Engine
 from kvferry.engine.loading.model import LoadedModel, load_model
@@ -97,7 +98,9 @@ class Worker:
         self.engine.on_change(self._tell_watchers)
 
     def open_sequence(self, opening: pb.Sequence, limit: int | None = None) -> Sequence:
-        """The engine's sequence for a request. Raises IncompatibleNode if the router hashed for another model."""
+        """The engine's sequence for a request, which this task is for from here on. Raises IncompatibleNode if the
+        router hashed for another model."""
+        REQUEST_ID.set(opening.request_id)
         if opening.fingerprint != self.model.fingerprint:
             raise IncompatibleNode(
                 f"the request is for model fingerprint {opening.fingerprint.hex()[:12]}, this node has "

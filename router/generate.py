@@ -82,7 +82,7 @@ class Generator:
             outcome = outcome_of(error).code
             raise
         except ConnectionResetError as error:
-            log.info("the client is not there: %s", error, extra={"request_id": request["id"]})
+            log.info("the client is not there: %s", error)
             raise
         finally:
             self._open -= 1
@@ -145,9 +145,7 @@ class Generator:
             if not events.started:
                 raise
             known = isinstance(error, KvferryError)
-            log.warning(
-                "a stream ended in an error: %s", error, exc_info=not known, extra={"request_id": request["id"]}
-            )
+            log.warning("a stream ended in an error: %s", error, exc_info=not known)
             await events.error(error_body(error))
         return events.response
 

@@ -10,11 +10,12 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from kvferry.common.errors import HeadersTooLarge, InvalidRequest, KvferryError, outcome_of
+from kvferry.common.telemetry import REQUEST_ID
 from kvferry.router.accounting import Metrics
 from kvferry.router.limits import Limits
 from kvferry.router.refusals import error_response, told_of, too_large, too_slow
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 FIRST_LINE_REST = len("  HTTP/1.1\r\n")  # beside the method and the path
 LINE_REST = len(": \r\n")
 
@@ -30,7 +31,8 @@ def guard(limits: Limits, metrics: Metrics) -> Callable[[web.Request, Handler], 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
-        request["id"] = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request["id"] = given if GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        before = REQUEST_ID.set(request["id"])  # a connection's requests share one task
         try:
             check_head(request, limits)
             response = await handler(request)
@@ -41,8 +43,10 @@ def guard(limits: Limits, metrics: Metrics) -> Callable[[web.Request, Handler], 
         except ConnectionResetError:
             raise  # the client went: there is nobody to answer
         except Exception as error:
-            log.exception("a request failed", extra={"request_id": request["id"]})
+            log.exception("a request failed")
             response = error_response(error, request["id"])
+        finally:
+            REQUEST_ID.reset(before)
         if not response.prepared:
             response.headers["X-Request-Id"] = request["id"]
         return response
@@ -51,8 +55,7 @@ def guard(limits: Limits, metrics: Metrics) -> Callable[[web.Request, Handler], 
         outcome = outcome_of(error)
         if not request.get("counted"):
             metrics.requests.labels(outcome.code).inc()
-        told = {"request_id": request["id"]}
-        log.info("%s refused: %d %s", request.method, outcome.http, outcome.code, extra=told)
+        log.info("%s refused: %d %s", request.method, outcome.http, outcome.code)
         return error_response(error, request["id"])
 
     return guarded

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from cli.test_commands import kvferry
+from command_line import kvferry
 
 from kvferry.cli import checks
 from kvferry.cli.models import Found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from cli.test_commands import KVFERRY, kvferry
+from command_line import KVFERRY, kvferry
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -4,10 +4,10 @@ import os
 import socket
 import stat
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
+from command_line import KVFERRY, kvferry
 
 from kvferry.cli.checks import open_port
 from kvferry.cli.demo_model import demo_model
@@ -15,19 +15,6 @@ from kvferry.cli.models import resolve
 from kvferry.cli.plan import shared_out
 from kvferry.cli.serve import private_folder
 from kvferry.common.errors import ConfigError
-
-KVFERRY = Path(sysconfig.get_path("scripts")) / "kvferry"
-
-
-def kvferry(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [KVFERRY, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "COLUMNS": "200", **environment},
-    )
 
 
 @pytest.mark.parametrize(

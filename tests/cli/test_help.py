@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cli.test_commands import kvferry
+from command_line import kvferry
 from typer.main import get_command
 
 from kvferry.cli.main import commands
