@@ -1,0 +1,160 @@
+"""What a tenant's line in the file means behind the door: its weight goes with every sequence, and a job whose tenant
+is erased ends wherever it is. No process behind it."""
+
+import asyncio
+from contextlib import aclosing
+from types import SimpleNamespace
+
+import pytest
+
+from kvferry.common.block import BlockLayout
+from kvferry.common.clock import ManualClock
+from kvferry.common.config import RouterConfig
+from kvferry.common.errors import Unauthenticated, Unavailable
+from kvferry.common.hashing import TenantKeys
+from kvferry.common.sampling import SamplingParams
+from kvferry.router.accounting import Metrics, Record
+from kvferry.router.flow import Flow, Job, Progress
+from kvferry.router.handover import Piece
+from kvferry.router.nodes import ServedModel
+
+ACME, BOLT = (TenantKeys.from_chain_key(bytes([n]) * 32) for n in (1, 2))
+MODEL = ServedModel(b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 300, 64)
+
+
+class Handed:
+    """In the place of a `Handover`: gives one token, then stands still until it is aborted."""
+
+    ended = closed = False
+
+    def __init__(self, sequence):
+        self.sequence, self._why = sequence, asyncio.Queue()
+
+    def abort(self, why):
+        self._why.put_nowait(why)
+
+    async def pieces(self, clock, give_up):
+        yield Piece((7,))
+        raise await self._why.get()
+
+    async def close(self):
+        self.closed = True
+
+
+class Worker:
+    """Admits everything, when it may."""
+
+    def __init__(self):
+        self.handed: list[Handed] = []
+        self.asked, self.may_admit = 0, asyncio.Event()
+        self.may_admit.set()
+
+    async def admitted(self, sequence, *rest, **more):
+        self.asked += 1
+        await self.may_admit.wait()
+        self.handed.append(Handed(sequence))
+        return self.handed[-1]
+
+
+@pytest.fixture
+def worker():
+    return Worker()
+
+
+@pytest.fixture
+def flow(monkeypatch, worker):
+    async def lookup(names, lease):
+        return SimpleNamespace(blocks=[])
+
+    async def ready_model(patience):
+        return MODEL
+
+    config = RouterConfig(model="m", served_model_name="m", prefill=(), decode=("unix:/nowhere",), store="s")
+    flow = Flow(config, None, SimpleNamespace(lookup=lookup), Metrics(), ManualClock())
+    monkeypatch.setattr(flow, "_admitted", worker.admitted)
+    monkeypatch.setattr(flow, "ready_model", ready_model)
+    return flow
+
+
+async def run(flow: Flow, keys: TenantKeys, got: list[int], n: int = 1) -> None:
+    job = Job("r", keys, "", [1, 2, 3], SamplingParams(max_tokens=9, n=n), weight=2.5)
+    async with aclosing(flow.run(job, Record("r", 3, 0.0), Progress(job))) as pieces:
+        async for piece in pieces:
+            got += piece.token_ids
+
+
+async def as_far_as_it_goes() -> None:
+    """Nothing here waits for anything outside of the loop."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def begun(flow: Flow, keys: TenantKeys, n: int = 1) -> tuple[asyncio.Task, list[int]]:
+    got: list[int] = []
+    task = asyncio.create_task(run(flow, keys, got, n))
+    await as_far_as_it_goes()
+    return task, got
+
+
+def test_the_weight_goes_with_the_sequence(flow, worker):
+    async def main():
+        task, got = await begun(flow, ACME)
+        assert got == [7]
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+    assert [handed.sequence.weight for handed in worker.handed] == [2.5]
+
+
+def test_erased_in_mid_stream(flow, worker):
+    async def main():
+        task, got = await begun(flow, ACME)
+        flow.end_tenants(frozenset({BOLT.pseudonym}))
+        await as_far_as_it_goes()
+        assert not task.done(), "another tenant was erased"
+        flow.end_tenants(frozenset({ACME.pseudonym}))
+        with pytest.raises(Unauthenticated, match="the tenant of this API key was erased"):
+            await asyncio.wait_for(task, 5)
+        assert got == [7]
+
+    asyncio.run(main())
+    assert [handed.closed for handed in worker.handed] == [True], "it is not tried again"
+
+
+def test_erased_while_it_waits_for_its_place(flow, worker):
+    async def main():
+        worker.may_admit.clear()
+        task, got = await begun(flow, ACME)
+        flow.end_tenants(frozenset({ACME.pseudonym}))
+        worker.may_admit.set()
+        with pytest.raises(Unauthenticated):
+            await asyncio.wait_for(task, 5)
+        assert got == []
+
+    asyncio.run(main())
+    assert [handed.closed for handed in worker.handed] == [True]
+
+
+def test_erased_before_it_is_placed(flow, worker):
+    flow.end_tenants(frozenset({ACME.pseudonym}))
+    with pytest.raises(Unauthenticated):
+        asyncio.run(run(flow, ACME, []))
+    assert worker.asked == 0
+
+
+def test_erased_while_its_choices_go_on_apart(flow, worker):
+    """The first attempt of two choices breaks; each is then on its own handover."""
+
+    async def main():
+        task, got = await begun(flow, ACME, n=2)
+        assert got == [7]
+        worker.handed[0].abort(Unavailable("broke"))
+        await as_far_as_it_goes()
+        assert len(worker.handed) == 3
+        flow.end_tenants(frozenset({ACME.pseudonym}))
+        with pytest.raises(Unauthenticated):
+            await asyncio.wait_for(task, 5)
+
+    asyncio.run(main())
+    assert all(handed.closed for handed in worker.handed)
