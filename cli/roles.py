@@ -79,7 +79,7 @@ def router(settings: Settings, parent: Parent) -> None:
     checks.check_router(config)
     path, name = resolve(config.model, parent.making)
     served_model_name = config.served_model_name or name
-    config = replace(config, model=path, served_model_name=served_model_name, max_body_bytes=limits.body_bytes)
+    config = replace(config, model=path, served_model_name=served_model_name)
 
     async def start(notifier: Notifier, stop: asyncio.Event) -> None:
         from kvferry.router import app

@@ -203,10 +203,14 @@ class RouterConfig:
         64,
         name="max_local_prefill_length",
     )
+    generation_config: str = setting(
+        "Whose sampling parameters count where a client sends none: auto, the model's own generation_config.json, or "
+        "vllm, those that change nothing.",
+        "auto",
+    )
     admission_s: float = setting("How long a request may wait for a decode worker to admit it.", 60.0)
     node_wait_s: float = setting("How long a request may wait for a worker to be there.", 20.0)
     request_s: float = setting("How long a request may take in all.", 600.0)
-    max_body_bytes: int = 16 * 2**20
     max_concurrent: int = setting("Requests under way, at most.", 512)
     drain_s: float = setting("On SIGTERM, how long requests under way may take to finish.", 4.0)
 
@@ -221,8 +225,9 @@ class RouterConfig:
                  )  # fmt: skip
         for name in ("max_local_prefill", "admission_s", "node_wait_s", "request_s", "drain_s"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("max_body_bytes", "max_concurrent"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.max_concurrent >= 1, f"max_concurrent is {self.max_concurrent}; it must be at least 1")
+        _require(self.generation_config in ("auto", "vllm"),
+                 f"generation_config {self.generation_config!r} is not known; use auto or vllm")  # fmt: skip
         if self.tenants_file is None and not is_loopback(self.host):
             raise ConfigError(
                 f"without a tenants file everyone who reaches {self.host} would share one tenant; give --tenants-file "

@@ -84,7 +84,7 @@ class Answer:
         return msgspec.json.encode(self._chunk | whole)
 
     def _completion_choice(self, part: Part, prompt_logprobs: Sequence[Any] | None) -> dict[str, Any]:
-        choice = self._text_choice(part.index, part.text, part, part.finish_reason) | self._prompt_ids(part.index)
+        choice = self._text_choice(part.index, part.text, part, part) | self._prompt_ids(part.index)
         return (
             choice if prompt_logprobs is None else choice | {"prompt_logprobs": prompt_logprobs[part.index // self._n]}
         )
@@ -92,7 +92,7 @@ class Answer:
     def _chat_choice(self, part: Part) -> dict[str, Any]:
         message = {"role": "assistant", "content": part.text, "refusal": None}
         told = {"index": part.index, "message": message, "logprobs": self._told(part)}
-        return told | {"finish_reason": part.finish_reason} | self._ids(part.token_ids)
+        return told | _end(part) | self._ids(part.token_ids)
 
     def chunks(self, part: Part) -> list[bytes]:
         """What a stream says of a part: nothing where a client could see nothing. Before a choice's first part comes a
@@ -105,7 +105,7 @@ class Answer:
         if part.text or part.told or (part.token_ids and self._prompt_token_ids is not None):
             chunks.append(self._stream_chunk(self._new(part.index, part.text, part, None)))
         if part.finish_reason:
-            chunks.append(self._stream_chunk(self._new(part.index, "", None, part.finish_reason)))
+            chunks.append(self._stream_chunk(self._new(part.index, "", None, part)))
         return chunks
 
     def _opening(self, index: int) -> list[bytes]:
@@ -120,15 +120,15 @@ class Answer:
         """The chunk after the last, with no choices."""
         return msgspec.json.encode(self._chunk | {"choices": [], "usage": usage})
 
-    def _new(self, index: int, text: str, part: Part | None, finish_reason: str | None) -> dict[str, Any]:
-        """A choice of a chunk; of `part` its tokens, and what is told of them."""
+    def _new(self, index: int, text: str, part: Part | None, last: Part | None) -> dict[str, Any]:
+        """A choice of a chunk; of `part` its tokens and what is told of them, of `last` why the choice ended."""
         if self._kind == "completion":
-            return self._text_choice(index, text, part, finish_reason)
-        delta = {} if finish_reason else {"content": text}
-        return _delta_choice(index, delta, self._told(part), finish_reason) | self._ids(part.token_ids if part else ())
+            return self._text_choice(index, text, part, last)
+        delta = {} if last else {"content": text}
+        return _delta_choice(index, delta, self._told(part), last) | self._ids(part.token_ids if part else ())
 
-    def _text_choice(self, index: int, text: str, part: Part | None, finish_reason: str | None) -> dict[str, Any]:
-        told = {"index": index, "text": text, "logprobs": self._told(part), "finish_reason": finish_reason}
+    def _text_choice(self, index: int, text: str, part: Part | None, last: Part | None) -> dict[str, Any]:
+        told = {"index": index, "text": text, "logprobs": self._told(part)} | _end(last)
         return told | self._ids(part.token_ids if part else ())
 
     def _told(self, part: Part | None) -> dict[str, Any] | None:
@@ -145,9 +145,14 @@ class Answer:
 
 
 def _delta_choice(
-    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, finish_reason: str | None
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, last: Part | None
 ) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    return {"index": index, "delta": delta, "logprobs": logprobs} | _end(last)
+
+
+def _end(last: Part | None) -> dict[str, Any]:
+    """Why a choice ended, as its last part says."""
+    return {"finish_reason": last and last.finish_reason, "stop_reason": last and last.stop_reason}
 
 
 def usage_of(

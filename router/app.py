@@ -15,6 +15,7 @@ from kvferry.kvstore.client import StoreClient
 from kvferry.router.accounting import Metrics
 from kvferry.router.admin import admin_app
 from kvferry.router.answers import Model, encoded, models_list
+from kvferry.router.defaults import NO_DEFAULTS, SamplingDefaults, load_defaults
 from kvferry.router.flow import Flow
 from kvferry.router.generate import Generator
 from kvferry.router.guard import guard, read_body
@@ -36,10 +37,13 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
     """Run the router until `stop` is set. Raises KvferryError with one sentence when it cannot start."""
     tenants = LiveTenants(config.tenants_file)
     tokenizer = await asyncio.to_thread(load_tokenizer, config.model, config.revision)
+    defaults = NO_DEFAULTS
+    if config.generation_config == "auto":
+        defaults = await asyncio.to_thread(load_defaults, config.model, config.revision)
     store = StoreClient(config.store, 0, 0, "router")
     nodes, metrics, clock = Nodes(config.prefill, config.decode), Metrics(), MonotonicClock()
     flow = Flow(config, nodes, store, metrics, clock)
-    front = Front(config, limits, tenants, tokenizer, nodes, flow, metrics)
+    front = Front(config, limits, defaults, tenants, tokenizer, nodes, flow, metrics)
     runners = []
     await store.start()
     nodes.start()
@@ -77,13 +81,14 @@ class Front:
         self,
         config: RouterConfig,
         limits: Limits,
+        defaults: SamplingDefaults,
         tenants: LiveTenants,
         tokenizer: Tokenizer,
         nodes: Nodes,
         flow: Flow,
         metrics: Metrics,
     ):
-        self._config, self._limits, self._tenants = config, limits, tenants
+        self._config, self._limits, self._defaults, self._tenants = config, limits, defaults, tenants
         self._tokenizer, self._nodes, self._flow, self._metrics = tokenizer, nodes, flow, metrics
         clock = MonotonicClock()
         self._quotas = Quotas(clock)
@@ -150,7 +155,8 @@ class Front:
         tenant = self._authenticate(request)
         quota = request["quota"] = self._quotas.of(tenant.name, tenant.limits)
         with quota.admit() as grant:
-            asked = parse_request(kind, await read_body(request, self._limits), self._limits)
+            body = await read_body(request, self._limits)
+            asked = parse_request(kind, body, self._limits, self._defaults)
             self._check_model(asked.model)
             return await self.generator.answer(request, asked, tenant, grant)
 

@@ -16,13 +16,15 @@ from kvferry.router.text import Tokenizer
 @dataclass(frozen=True, slots=True)
 class Part:
     """What is new of the choice `index`. The text may lag behind its tokens; the last part, with the finish reason, has
-    the rest of it. `told`, where log probabilities were asked for, is of the new tokens, and of an echoed prompt's."""
+    the rest of it. `told`, where log probabilities were asked for, is of the new tokens, and of an echoed prompt's.
+    `stop_reason`: the stop string or the stop token of the client's that ended it."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     told: tuple[Told, ...] = ()
+    stop_reason: str | int | None = None
 
 
 def joined(parts: Iterable[Part], choices: int) -> list[Part]:
@@ -37,6 +39,7 @@ def joined(parts: Iterable[Part], choices: int) -> list[Part]:
             tuple(token for part in own for token in part.token_ids),
             own[-1].finish_reason,
             tuple(one for part in own for one in part.told),
+            own[-1].stop_reason,
         )
         for index, own in enumerate(whole)
     ]
@@ -47,8 +50,9 @@ class Choice:
 
     def __init__(self, index: int, tokenizer: Tokenizer, asked: GenerationRequest, offset: int):
         """`offset`: how many characters of its text are before its first token."""
-        self._index = index
-        self._detokenizer = tokenizer.detokenizer(asked.stop)
+        self._index, self._asked = index, asked
+        self._detokenizer = tokenizer.detokenizer(asked.stop, asked.include_stop, asked.skip_special_tokens)
+        self._before_stops = asked.min_tokens  # tokens that no stop string can end
         self._offsets = Offsets(tokenizer, offset) if asked.logprobs is not None else None
         self.begun = False
 
@@ -56,12 +60,23 @@ class Choice:
         """What a piece adds. A stop string makes it the last."""
         self.begun = True
         told = self._offsets.tell(piece.token_ids, piece.logprobs) if self._offsets else ()
-        text, stopped = self._detokenizer.push(piece.token_ids)
+        ended = piece.finish_reason == "stop"  # by its last token
+        shown = piece.token_ids[:-1] if ended and not self._asked.include_stop else piece.token_ids
+        text, stopped = self._push(shown)
         if stopped:
-            return Part(self._index, text, piece.token_ids, "stop", told)
+            return Part(self._index, text, piece.token_ids, "stop", told, self._detokenizer.stop)
         if piece.finish_reason:
             text += self._detokenizer.finish()
-        return Part(self._index, text, piece.token_ids, piece.finish_reason, told)
+        reason = piece.token_ids[-1] if ended and piece.token_ids[-1] in self._asked.stop_token_ids else None
+        return Part(self._index, text, piece.token_ids, piece.finish_reason, told, reason)
+
+    def _push(self, token_ids: tuple[int, ...]) -> tuple[str, bool]:
+        """The text of tokens, the first `min_tokens` of the choice without regard to stop strings."""
+        early, late = token_ids[: self._before_stops], token_ids[self._before_stops :]
+        self._before_stops -= len(early)
+        text = self._detokenizer.push(early, may_stop=False)[0] if early else ""
+        more, stopped = self._detokenizer.push(late)
+        return text + more, stopped
 
 
 class Telling:

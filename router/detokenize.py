@@ -33,8 +33,14 @@ class Detokenizer:
         """Whether a stop string was found. Nothing comes out any more."""
         return self._stops.found is not None
 
-    def push(self, token_ids: Iterable[int]) -> tuple[str, bool]:
-        """The text that is now certain, and whether a stop string ended it."""
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was found."""
+        return self._stops.found
+
+    def push(self, token_ids: Iterable[int], may_stop: bool = True) -> tuple[str, bool]:
+        """The text that is now certain, and whether a stop string ended it. Unless it `may_stop`, stop strings that
+        become complete with these tokens are text as any other."""
         if self.stopped:
             return "", True
         self._window += [token for token in token_ids if self._shows(token)]
@@ -43,7 +49,7 @@ class Detokenizer:
             text = self._decode(certain)
             if not text.endswith(REPLACEMENT):
                 break
-        ready = self._stops.push(self._take(text))
+        ready = self._stops.push(self._take(text), may_stop)
         self._shorten(certain, text)
         return ready, self.stopped
 
@@ -75,26 +81,28 @@ class StopScanner:
     """Cuts a text before the stop string that is complete first (of two that end together, the longer).
 
     One Knuth-Morris-Pratt automaton a stop string: each character costs the same however the text arrives, and the
-    longest state of all is what must be held back.
+    longest state of all is what must be held back. `included`: cut after the stop string instead.
     """
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: Sequence[str], included: bool = False):
+        self._included = included
         self._stops = tuple(stops)
         self._tables = tuple(_failure_table(stop) for stop in stops)
         self._states = [0] * len(self._stops)
         self._held = ""
         self.found: str | None = None
 
-    def push(self, text: str) -> str:
-        """What of the text so far can be sent and was not yet."""
+    def push(self, text: str, may_stop: bool = True) -> str:
+        """What of the text so far can be sent and was not yet. Unless it `may_stop`, a stop string that becomes
+        complete in it does nothing."""
         if not self._stops:
             return text
         start = len(self._held)
         pending = self._held + text
         for end in range(start, len(pending)):
-            if (length := self._step(pending[end])) is not None:
+            if (length := self._step(pending[end], may_stop)) is not None:
                 self._held = ""
-                return pending[: end + 1 - length]
+                return pending[: end + 1 - (0 if self._included else length)]
         keep = max(self._states)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
@@ -104,15 +112,20 @@ class StopScanner:
         held, self._held = self._held, ""
         return held
 
-    def _step(self, char: str) -> int | None:
-        """Move every automaton on by a character. The length of the stop string that it completed, if any."""
+    def _step(self, char: str, may_stop: bool) -> int | None:
+        """Move every automaton on by a character. The length of the stop string that it completed, if any. One that
+        must not stop goes on from what can still become another."""
         complete = 0
         for i, (stop, table) in enumerate(zip(self._stops, self._tables, strict=True)):
             state = self._states[i]
             while state and stop[state] != char:
                 state = table[state - 1]
             self._states[i] = state = state + (stop[state] == char)
-            if state == len(stop) > complete:
+            if state < len(stop):
+                continue
+            if not may_stop:
+                self._states[i] = table[-1]
+            elif state > complete:
                 complete, self.found = state, stop
         return complete or None
 

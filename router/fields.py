@@ -22,20 +22,36 @@ MAX_NAME_SHOWN = 64
 ANYTHING = object()  # in a table of neutral values: any value is
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """NaN, Infinity, numbers out of range and unpaired surrogates are not JSON and refused here."""
+def parse_json(body: bytes, depth: int) -> dict[str, Any]:
+    """The object in a body, nested at most `depth` deep. NaN, Infinity, numbers out of range and unpaired surrogates
+    are not JSON and refused here."""
     try:
         raw = msgspec.json.decode(body)
     except UnicodeDecodeError:
         raise InvalidRequest("the body is not UTF-8") from None
     except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
+        raise _too_deep(depth) from None
     except msgspec.MsgspecError as error:
         detail = str(error).removeprefix("JSON is malformed: ").partition(" - at ")[0].lower()
         raise InvalidRequest(f"the body is not valid JSON: {detail}") from None
     if not isinstance(raw, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {shown(raw)}")
+    if body.count(b"[") + body.count(b"{") > depth:  # else it cannot be deeper
+        _check_depth(raw, depth)
     return raw
+
+
+def _check_depth(value: dict[str, Any] | list[Any], depth: int) -> None:
+    level = [value]
+    for _ in range(depth):
+        inner = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        if not (level := [item for item in inner if isinstance(item, dict | list)]):
+            return
+    raise _too_deep(depth)
+
+
+def _too_deep(depth: int) -> InvalidRequest:
+    return InvalidRequest(f"the body is nested too deeply; this server takes {depth} levels of objects and lists")
 
 
 def to_struct(fields: dict[str, Any], body: type[Body]) -> Body:

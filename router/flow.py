@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 
 from kvferry.common.clock import Clock
 from kvferry.common.config import RouterConfig
-from kvferry.common.errors import Internal, KvferryError, Overloaded, Unauthenticated, Unavailable
+from kvferry.common.errors import DeadlineExceeded, Internal, KvferryError, Overloaded, Unauthenticated, Unavailable
 from kvferry.common.hashing import BlockName, CacheScope, TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.sampling import SamplingParams
 from kvferry.common.store_api import BlockStore
 from kvferry.common.wire import sequence_to_wire
 from kvferry.router.accounting import Metrics, Record
-from kvferry.router.handover import Handover, Piece
+from kvferry.router.handover import TOO_LONG, Handover, Piece
 from kvferry.router.merge import side_by_side
 from kvferry.router.nodes import Nodes, ServedModel
 from kvferry.router.placement import least_loaded, place
@@ -48,6 +48,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     weight: float = 1.0
+    timeout_s: float | None = None  # from its arrival; None is as long as the router allows
 
     @property
     def choices(self) -> range:
@@ -120,8 +121,9 @@ class Flow:
 
     async def run(self, job: Job, record: Record, progress: Progress, attempt: int = 1) -> AsyncGenerator[Piece, None]:
         """Yield the tokens of the job's choices that go on, each choice's in order; what was asked of the prompt comes
-        before them. Raises a KvferryError if it cannot be finished within `request_s` from the record's arrival."""
-        give_up = record.arrived + self._config.request_s
+        before them. Raises a KvferryError if it cannot be finished in time, counted from the record's arrival."""
+        allowed = self._config.request_s
+        give_up = record.arrived + (allowed if job.timeout_s is None else min(job.timeout_s, allowed))
         while True:
             record.attempts = max(record.attempts, attempt)
             patience = min(self._config.node_wait_s, give_up - self._clock.now())
@@ -140,7 +142,7 @@ class Flow:
                     return
                 if attempt == ATTEMPTS or self._stopping:
                     raise
-                log.warning("attempt %d failed: %s", attempt, error, extra={"request_id": job.request_id})
+                log.warning("attempt %d failed: %s", attempt, error)
                 self._metrics.failed_attempts.labels("decode").inc()
                 record.note_failure(job.params.choice)
             attempt += 1
@@ -167,7 +169,7 @@ class Flow:
         sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), params, job.priority, job.weight)
 
         self._check_wanted(job)
-        handover = await self._admitted(sequence, model, cached, names, record, fills=not scores)
+        handover = await self._admitted(sequence, model, cached, names, record, give_up, fills=not scores)
         self._active[handover] = job.keys.pseudonym
         scored = 0
         try:
@@ -208,10 +210,11 @@ class Flow:
         cached: int,
         names: list[BlockName],
         record: Record,
+        give_up: float,
         fills: bool,
     ) -> Handover:
-        """Open `continue` on the first decode node that admits it, among those that run the model. `fills`: whether a
-        prefill node may fill it."""
+        """Open `continue` on the first decode node that admits it, among those that run the model, before it is time to
+        `give_up`. `fills`: whether a prefill node may fill it."""
         refusal: KvferryError = Unavailable("no decode node is ready; try again later")
         for decode in least_loaded(self._nodes.decode):
             if not decode.ready or decode.model != model:  # it may have gone while another was asked
@@ -224,11 +227,13 @@ class Flow:
             record.placements.append(placement)
             handover = Handover(sequence, placement, self._nodes, record, self._metrics)
             try:
-                await handover.open(self._config.admission_s)
+                await handover.open(max(min(self._config.admission_s, give_up - self._clock.now()), 0.001))
                 return handover
             except (Overloaded, Unavailable) as error:
                 refusal = error
                 await handover.close()
+                if self._clock.now() >= give_up:
+                    raise DeadlineExceeded(TOO_LONG) from error
             except BaseException:
                 await handover.close()
                 raise

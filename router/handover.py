@@ -22,6 +22,7 @@ from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import Placement
 
 FILL_ATTEMPTS = 3
+TOO_LONG = "the request took longer than it may; ask for fewer tokens, or for more time if you set a timeout"
 LINGER_S = 0.8  # closing a connection frees everything behind it within a second
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Handover:
                 async with asyncio.timeout(max(give_up - clock.now(), 0.001)):
                     piece = await self._out.get()
             except TimeoutError as error:
-                raise DeadlineExceeded("the request took longer than this server allows") from error
+                raise DeadlineExceeded(TOO_LONG) from error
             if isinstance(piece, KvferryError):
                 raise piece
             self._going_on -= piece.finish_reason is not None
@@ -157,13 +158,13 @@ class Handover:
         except _DecodeEnded:
             return
         except Exception:
-            log.exception("relaying a fill failed", extra={"request_id": self._sequence.request_id})
+            log.exception("relaying a fill failed")
             self._out.put_nowait(Internal("the router failed on this request; its log has the cause"))
         finally:
             self._filling.close()
 
     def _note_broken_fill(self, node: Node, error: KvferryError) -> None:
-        log.warning("the fill on %s broke: %s", node.address, error, extra={"request_id": self._sequence.request_id})
+        log.warning("the fill on %s broke: %s", node.address, error)
         self._metrics.failed_attempts.labels("prefill").inc()
         self._record.note_broken_fill()
         if isinstance(error, Unavailable):

@@ -8,7 +8,7 @@ from kvferry.common.sampling import SamplingParams
 from kvferry.router.flow import Job
 from kvferry.router.limits import Limits
 from kvferry.router.nodes import ServedModel
-from kvferry.router.openai import GenerationRequest
+from kvferry.router.openai import GenerationRequest, check_prompt_tokens
 from kvferry.router.text import Tokenizer, check_token_ids
 
 
@@ -25,12 +25,15 @@ async def jobs_of(
     InvalidRequest."""
     bad_words = await tokenizer.bad_words(asked.bad_words)
     jobs = []
+    total, field = 0, "prompt" if asked.kind == "completion" else "messages"
     for number, prompt in enumerate(asked.prompts):
-        tokens = await tokenizer.encode(prompt)
+        tokens = await tokenizer.encode(prompt, asked.special_tokens)
         check_token_ids(tokens, model.vocab_size)
+        total += len(tokens)
+        check_prompt_tokens(total, field, limits)
         params = _params(asked, _max_tokens(asked, len(tokens), model, pool), bad_words)
         own_id = request_id if len(asked.prompts) == 1 else f"{request_id}-{number}"
-        jobs.append(Job(own_id, keys, asked.cache_salt, tokens, params, asked.priority))
+        jobs.append(Job(own_id, keys, asked.cache_salt, tokens, params, asked.priority, timeout_s=asked.timeout_s))
     _check_told(asked, sum(len(job.token_ids) for job in jobs), limits)
     return jobs
 

@@ -1,46 +1,30 @@
-"""What a client may ask: the bodies of `/v1/completions` and `/v1/chat/completions`, made into one `GenerationRequest`.
+"""What a client may ask for: bodies of `/v1/completions` and `/v1/chat/completions`, made into one `GenerationRequest`.
 
-Three groups of fields. Those of `CompletionBody` and `ChatBody` are supported. Those of `NEUTRAL` are not, but clients
-send them by habit: a value that leaves the answer as it is passes, any other is a 400. The rest is unknown, a 400 too.
 A request is never quietly served as another one. Every refusal is an `InvalidRequest` of one sentence that names the
 field in `param` and repeats no text of the client's other than field names.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-import msgspec
-from msgspec import Meta
+from typing import Any, Literal
 
 from kvferry.common.errors import InvalidRequest
 from kvferry.router import values
-from kvferry.router.fields import ANYTHING, Body, parse_json, to_struct, without_neutral
-from kvferry.router.limits import DEFAULT_LIMITS, Limits
-from kvferry.router.values import (
-    BadWords,
-    Biases,
-    Count,
-    Flag,
-    LogprobCount,
-    LogprobFlag,
-    MaxTokens,
-    MinP,
-    MinTokens,
-    ModelName,
-    Penalty,
-    Priority,
-    PromptValue,
-    Repetition,
-    Role,
-    Salt,
-    Seed,
-    Stops,
-    StopTokens,
-    Temperature,
-    TopK,
-    TopP,
+from kvferry.router.bodies import (
+    NEUTRAL_CHAT,
+    NEUTRAL_COMPLETION,
+    NEUTRAL_MESSAGE,
+    NEUTRAL_STREAM,
+    ChatBody,
+    CommonBody,
+    CompletionBody,
+    MessageBody,
+    StreamOptions,
+    TextPart,
 )
+from kvferry.router.defaults import NO_DEFAULTS, SamplingDefaults
+from kvferry.router.fields import Body, parse_json, to_struct, without_neutral
+from kvferry.router.limits import DEFAULT_LIMITS, Limits
 
 Kind = Literal["completion", "chat"]
 
@@ -49,15 +33,23 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat's is the rest of the cont
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is one of `values.ROLES`."""
+    """One turn. `role` is one of `values.ROLES`. `name` and `tool_call_id` are for the template to use or to leave."""
 
     role: str
     content: str
+    name: str | None = None
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
+    """`template_fields`: the client's own variables of the chat template. Not both of `generation_prompt`, that the
+    assistant's turn is begun, and `continues`, that the last message is left open."""
+
     messages: tuple[Message, ...]
+    generation_prompt: bool = True
+    continues: bool = False
+    template_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 Prompt = str | tuple[int, ...] | Conversation
@@ -70,13 +62,15 @@ class GenerationRequest:
     Each of `prompts` gets `n` answers; a chat has one prompt. `max_tokens` None means what the context leaves, 0 that
     only the prompt is told of, which goes with `echo` alone. `logprobs` and `prompt_logprobs` say how many of the
     likeliest tokens are told beside each one; None is none of it. `seed` lies in [0, 2**64); None means that we choose
-    one. `top_k` 0 means off. What the client wrote is left out of the repr, so that no log shows it.
+    one. `top_k` 0 means off. `timeout_s` None means as long as the server allows. `special_tokens`: whether the
+    tokenizer adds its own to a prompt. What the client wrote is left out of the repr, so that no log shows it.
     """
 
     kind: Kind
     model: str
     prompts: tuple[Prompt, ...] = field(repr=False)
     max_tokens: int | None
+    special_tokens: bool = True
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -96,159 +90,79 @@ class GenerationRequest:
     seed: int | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = field(default=(), repr=False)
+    include_stop: bool = False
+    skip_special_tokens: bool = True
     cache_salt: str = field(default="", repr=False)
+    timeout_s: float | None = None
     stream: bool = False
     include_usage: bool = False
     return_token_ids: bool = False
 
 
-class StreamOptions(msgspec.Struct, frozen=True):
-    include_usage: Flag | None = None
-
-
-class TextPart(msgspec.Struct, frozen=True):
-    type: Annotated[Literal["text"], Meta(description="text, the only part supported yet")]
-    text: Annotated[str, Meta(description="a string")]
-
-
-class MessageBody(msgspec.Struct, frozen=True):
-    role: Role
-    content: Annotated[str | list[TextPart], Meta(description="a string or a list of text parts")]
-
-
-class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
-    model: ModelName
-    max_tokens: Count | None = None
-    n: Count | None = None
-    best_of: Count | None = None
-    prompt_logprobs: LogprobCount | None = None
-    priority: Priority | None = None
-    min_tokens: MinTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Repetition | None = None
-    logit_bias: Biases | None = None
-    bad_words: BadWords | None = None
-    stop_token_ids: StopTokens | None = None
-    seed: Seed | None = None
-    ignore_eos: Flag | None = None
-    stop: Stops | None = None
-    cache_salt: Salt | None = None
-    return_token_ids: Flag | None = None
-    stream: Flag | None = None
-    stream_options: Annotated[StreamOptions, Meta(description="an object")] | None = None
-
-
-class CompletionBody(CommonBody, frozen=True, kw_only=True):
-    prompt: PromptValue
-    max_tokens: MaxTokens | None = None
-    logprobs: LogprobFlag | None = None
-    echo: Flag | None = None
-
-
-class ChatBody(CommonBody, frozen=True, kw_only=True):
-    messages: Annotated[list[MessageBody], Meta(min_length=1, description="a list of at least one message")]
-    max_completion_tokens: Count | None = None
-    logprobs: Flag | None = None
-    top_logprobs: LogprobCount | None = None
-
-
-NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
-    "length_penalty": (1,), "use_beam_search": (False,), "allowed_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False),
-    "truncate_prompt_tokens": (), "user": (ANYTHING,),
-    "metadata": (ANYTHING,), "store": (False,), "service_tier": ("auto", "default"),
-    "safety_identifier": (ANYTHING,), "prompt_cache_key": (ANYTHING,),
-}  # fmt: skip
-NEUTRAL_COMPLETION = NEUTRAL_COMMON | {
-    "suffix": ("",), "add_special_tokens": (True,), "response_format": ({"type": "text"},),
-}  # fmt: skip
-NEUTRAL_CHAT = NEUTRAL_COMMON | {
-    "echo": (False,), "response_format": ({"type": "text"},),
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False), "modalities": (["text"],), "audio": (), "prediction": (),
-    "reasoning_effort": (), "verbosity": (), "web_search_options": (), "chat_template": (),
-    "chat_template_kwargs": ({},), "add_generation_prompt": (True,), "continue_final_message": (False,),
-    "add_special_tokens": (False,), "documents": ([],), "include_reasoning": (True, False),
-}  # fmt: skip
-NEUTRAL_STREAM = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
-NEUTRAL_MESSAGE = {
-    "name": (), "refusal": (), "audio": (), "tool_calls": ([],), "function_call": (), "tool_call_id": (),
-    "reasoning_content": ("",), "annotations": ([],),
-}  # fmt: skip
-
-
-def parse_request(kind: Kind, body: bytes, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
-    """The request in a body. Raises InvalidRequest, and nothing else whatever the bytes."""
-    raw = parse_json(body)
+def parse_request(
+    kind: Kind, body: bytes, limits: Limits = DEFAULT_LIMITS, defaults: SamplingDefaults = NO_DEFAULTS
+) -> GenerationRequest:
+    """The request in a body. Raises InvalidRequest, and nothing else whatever the bytes. `defaults`: what the model's
+    makers advise, for what the client leaves open."""
+    raw = parse_json(body, limits.json_depth)
+    own: dict[str, Any]
     if kind == "completion":
-        completion = _convert(raw, CompletionBody, NEUTRAL_COMPLETION)
-        request = _request(
-            kind,
-            completion,
-            values.prompts(completion.prompt),
-            COMPLETION_MAX_TOKENS if completion.max_tokens is None else completion.max_tokens,
-            logprobs=values.completion_logprobs(completion.logprobs),
-            echo=bool(completion.echo),
-        )
+        asked = convert(raw, CompletionBody, NEUTRAL_COMPLETION)
+        own = {
+            "prompts": values.prompts(asked.prompt),
+            "special_tokens": asked.add_special_tokens is not False,
+            "max_tokens": COMPLETION_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens,
+            "logprobs": None if asked.logprobs is False else values.logprobs("logprobs", asked.logprobs, limits),
+            "echo": bool(asked.echo),
+        }
     else:
-        chat = _convert(raw, ChatBody, NEUTRAL_CHAT)
-        request = _request(
-            kind,
-            chat,
-            (_conversation(chat.messages),),
-            _chat_max_tokens(chat),
-            logprobs=_chat_logprobs(chat),
-            echo=False,
-        )
+        asked = convert(raw, ChatBody, NEUTRAL_CHAT)
+        own = {
+            "prompts": (conversation(asked),),
+            "special_tokens": bool(asked.add_special_tokens),
+            "max_tokens": _chat_max_tokens(asked),
+            "logprobs": _chat_logprobs(asked, limits),
+        }
+    request = GenerationRequest(kind=kind, **own, **_common(asked, limits, defaults))
     _check(request, limits)
     return request
 
 
-def _request(
-    kind: Kind,
-    body: CommonBody,
-    prompts: tuple[Prompt, ...],
-    max_tokens: int | None,
-    *,
-    logprobs: int | None,
-    echo: bool,
-) -> GenerationRequest:
+def _common(body: CommonBody, limits: Limits, defaults: SamplingDefaults) -> dict[str, Any]:
+    """The fields of a request that both APIs have."""
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
         raise InvalidRequest(f"best_of is not supported yet; leave it out or send {n}, which n is", "best_of")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed together with stream: true", "stream_options")
-    return GenerationRequest(
-        kind=kind,
+
+    def given(name: str) -> Any:
+        value = getattr(body, name)
+        return getattr(defaults, name) if value is None else value
+
+    return dict(
         model=body.model,
-        prompts=prompts,
-        max_tokens=max_tokens,
         n=n,
-        logprobs=logprobs,
-        prompt_logprobs=body.prompt_logprobs,
-        echo=echo,
+        prompt_logprobs=values.logprobs("prompt_logprobs", body.prompt_logprobs, limits),
         priority=body.priority or 0,
         min_tokens=body.min_tokens or 0,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
+        temperature=given("temperature"),
+        top_p=given("top_p"),
+        top_k=max(given("top_k"), 0),
+        min_p=given("min_p"),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        logit_bias=() if body.logit_bias is None else values.biases(body.logit_bias),
-        bad_words=() if body.bad_words is None else values.bad_words(body.bad_words),
-        stop_token_ids=() if body.stop_token_ids is None else values.stop_tokens(body.stop_token_ids),
+        repetition_penalty=given("repetition_penalty"),
+        logit_bias=values.biases(body.logit_bias, limits),
+        bad_words=values.bad_words(body.bad_words, limits),
+        stop_token_ids=values.stop_tokens(body.stop_token_ids, limits),
         seed=None if body.seed is None else body.seed % 2**64,
         ignore_eos=bool(body.ignore_eos),
-        stop=() if body.stop is None else values.stops(body.stop),
+        stop=values.stops(body.stop, limits),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
         cache_salt=body.cache_salt or "",
+        timeout_s=body.timeout,
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         return_token_ids=bool(body.return_token_ids),
@@ -275,6 +189,15 @@ def _check(request: GenerationRequest, limits: Limits) -> None:
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("prompt_logprobs is only told in an answer that is not streamed; leave it or stream out",
                              "prompt_logprobs")  # fmt: skip
+    check_prompt_tokens(sum(len(prompt) for prompt in request.prompts if isinstance(prompt, tuple)), "prompt", limits)
+
+
+def check_prompt_tokens(count: int, field: str, limits: Limits) -> None:
+    """Raise InvalidRequest for more tokens than a request may have."""
+    if count > limits.prompt_tokens:
+        raise InvalidRequest(
+            f"{field} has {count} tokens in all; this server takes at most {limits.prompt_tokens} in a request", field
+        )
 
 
 def _chat_max_tokens(chat: ChatBody) -> int | None:
@@ -284,20 +207,41 @@ def _chat_max_tokens(chat: ChatBody) -> int | None:
     return old if new is None else new
 
 
-def _chat_logprobs(chat: ChatBody) -> int | None:
-    if chat.top_logprobs and not chat.logprobs:
+def _chat_logprobs(chat: ChatBody, limits: Limits) -> int | None:
+    top = values.logprobs("top_logprobs", chat.top_logprobs, limits)
+    if top and not chat.logprobs:
         raise InvalidRequest("top_logprobs is only allowed together with logprobs: true", "top_logprobs")
-    return (chat.top_logprobs or 0) if chat.logprobs else None
+    return (top or 0) if chat.logprobs else None
 
 
-def _conversation(messages: list[MessageBody]) -> Conversation:
-    def text(content: str | list[TextPart]) -> str:
-        return content if isinstance(content, str) else "\n".join(part.text for part in content)
+def conversation(chat: Any) -> Conversation:
+    """That of a `ChatBody` or a `TokenizeBody`. Raises InvalidRequest."""
+    continues = bool(chat.continue_final_message)
+    if continues and chat.add_generation_prompt is not False:
+        raise InvalidRequest(
+            "continue_final_message is only allowed together with add_generation_prompt: false",
+            "continue_final_message",
+        )
+    messages = tuple(_turn(message, f"messages[{i}]") for i, message in enumerate(chat.messages))
+    prompted = chat.add_generation_prompt is not False
+    return Conversation(messages, prompted, continues, chat.chat_template_kwargs or {})
 
-    return Conversation(tuple(Message(message.role, text(message.content)) for message in messages))
+
+def _turn(message: MessageBody, path: str) -> Message:
+    content = message.content
+    if content is None:
+        if message.role != "assistant":
+            raise InvalidRequest(f"{path}.content is missing; it must be a string or a list of text parts",
+                                 f"{path}.content")  # fmt: skip
+        content = ""
+    if message.tool_call_id is not None and message.role != "tool":
+        raise InvalidRequest(f"{path}.tool_call_id is only allowed with the role tool", f"{path}.tool_call_id")
+    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    return Message(message.role, text, message.name, message.tool_call_id)
 
 
-def _convert(raw: dict[str, Any], body: type[Body], neutral: Mapping[str, tuple[Any, ...]]) -> Body:
+def convert(raw: dict[str, Any], body: type[Body], neutral: Mapping[str, tuple[Any, ...]]) -> Body:
+    """A body's fields, those inside of messages and options too. Raises InvalidRequest."""
     fields = without_neutral(raw, body, neutral)
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = without_neutral(options, StreamOptions, NEUTRAL_STREAM, "stream_options.")
@@ -309,8 +253,6 @@ def _convert(raw: dict[str, Any], body: type[Body], neutral: Mapping[str, tuple[
 def _message(message: Any, path: str) -> Any:
     if not isinstance(message, dict):
         return message
-    if message.get("role") in ("tool", "function"):
-        raise InvalidRequest(f"{path}role {message['role']!r} is not supported yet", f"{path}role")
     fields = without_neutral(message, MessageBody, NEUTRAL_MESSAGE, path)
     if isinstance(content := fields.get("content"), list):
         for i, part in enumerate(content):

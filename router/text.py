@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import ConfigError, InvalidRequest
+from kvferry.router.chat import ChatTemplate
 from kvferry.router.detokenize import Detokenizer, StopScanner
 from kvferry.router.openai import Conversation, Prompt
 
@@ -89,26 +90,28 @@ class Tokenizer:
         self._known = len(tokenizer)  # the model's embedding may have more rows; those ids have no text
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._tokens: dict[int, Token] = {}
+        self._chat = ChatTemplate(tokenizer)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return self._chat.exists
 
-    async def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of any kind of prompt. Raises InvalidRequest."""
+    async def encode(self, prompt: Prompt, special_tokens: bool | None = None) -> list[int]:
+        """The token ids of any kind of prompt. `special_tokens`: whether the tokenizer adds those that it has for a
+        text; unless told otherwise a text gets them, and a conversation has those of its template. Raises
+        InvalidRequest."""
         if isinstance(prompt, tuple):
             return list(prompt)
         length = len(prompt) if isinstance(prompt, str) else sum(TURN_CHARS + len(t.content) for t in prompt.messages)
         if length <= INLINE_CHARS:
-            return self.encode_now(prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode_now, prompt)
+            return self.encode_now(prompt, special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode_now, prompt, special_tokens)
 
-    def encode_now(self, prompt: str | Conversation) -> list[int]:
-        """As `encode`, in the calling thread. A text gets the special tokens that the tokenizer adds, a conversation
-        those of its template."""
-        if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt)
-        return self._tokenizer.encode(self._render(prompt), add_special_tokens=False)
+    def encode_now(self, prompt: str | Conversation, special_tokens: bool | None = None) -> list[int]:
+        """As `encode`, in the calling thread."""
+        added = isinstance(prompt, str) if special_tokens is None else special_tokens
+        text = prompt if isinstance(prompt, str) else self._chat.render(prompt)
+        return self._tokenizer.encode(text, add_special_tokens=added)
 
     async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The token sequences of words that are never to be said: as a text begins with them, and after a space.
@@ -134,8 +137,19 @@ class Tokenizer:
         """The text of whole token ids. Special tokens, and ids that the tokenizer does not know, have none."""
         return self._decode_shown([token for token in token_ids if self._shows(token)])
 
-    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
-        return Detokenizer(self._decode_shown, self._shows, StopScanner(stop))
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """As `decode`, with special tokens as their names."""
+        return self._decode_shown([token for token in token_ids if self._has_text(token)])
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the tokenizer's vocabulary has it."""
+        return self._tokenizer.convert_ids_to_tokens(list(token_ids))
+
+    def detokenizer(
+        self, stop: Sequence[str] = (), include_stop: bool = False, skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        shows = self._shows if skip_special_tokens else self._has_text
+        return Detokenizer(self._decode_shown, shows, StopScanner(stop, include_stop))
 
     def token(self, token_id: int) -> Token:
         if (token := self._tokens.get(token_id)) is None:
@@ -177,24 +191,11 @@ class Tokenizer:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _has_text(self, token: int) -> bool:
+        return token < self._known
+
     def _shows(self, token: int) -> bool:
-        return token < self._known and token not in self._special
+        return self._has_text(token) and token not in self._special
 
     def _decode_shown(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
-
-    def _render(self, conversation: Conversation) -> str:
-        """The conversation as one text. A `developer` turn is told to the template as `system`, its older name, which
-        every template knows."""
-        from jinja2 import TemplateError
-
-        if not self.has_chat_template:
-            raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
-        turns = [
-            {"role": "system" if turn.role == "developer" else turn.role, "content": turn.content}
-            for turn in conversation.messages
-        ]
-        try:
-            return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refuses the messages: {error}", "messages") from error

@@ -1,33 +1,26 @@
 """What the fields of a request may be. A value of another kind is refused in one sentence, "FIELD must be ...", that
-repeats no text of the client's."""
+repeats no text of the client's.
+
+A `description` completes that sentence. What the limits bound is Any here: its sentence and its JSON schema are in
+`rules`, and a function below checks it.
+"""
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from kvferry.common.errors import InvalidRequest
+from kvferry.router.limits import Limits
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
 MAX_SALT_CHARS = 256
-MAX_BIASES = 1024
-MAX_STOP_TOKENS = 128
-MAX_BAD_WORDS = 128
-MAX_BAD_WORD_CHARS = 256
-MAX_LOGPROBS = 20
 TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
-ROLES = ("system", "developer", "user", "assistant")
-
-# A `description` completes the sentence "FIELD must be ...". What is Any is checked by a function below.
-STOPS = f"a string or a list of up to {MAX_STOPS} strings, each of 1 to {MAX_STOP_CHARS} characters"
-BIASES = f"an object of up to {MAX_BIASES} token ids, as strings, each with a number from -100 to 100"
-STOP_TOKENS = f"a list of up to {MAX_STOP_TOKENS} token ids"
+MAX_TOKEN_ID = 2**32 - 1
+ROLES = ("system", "developer", "user", "assistant", "tool")
 PROMPTS = "a string, a list of token ids, or a list of several prompts that are all one or all the other"
-LOGPROBS = f"a whole number from 0 to {MAX_LOGPROBS}"
-BAD_WORDS = f"a list of up to {MAX_BAD_WORDS} strings, each of 1 to {MAX_BAD_WORD_CHARS} characters"
 
 Flag = Annotated[bool, Meta(description="true or false")]
 ModelName = Annotated[str, Meta(min_length=1, description="the name of a model")]
@@ -41,18 +34,67 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="a whole numbe
 Penalty = Annotated[float, Meta(ge=-2, le=2, description="a number from -2 to 2")]
 Repetition = Annotated[float, Meta(ge=0.01, le=100, description="a number from 0.01 to 100, 1 for off")]
 MinP = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
-Stops = Annotated[Any, Meta(description=STOPS)]
-Biases = Annotated[Any, Meta(description=BIASES)]
-StopTokens = Annotated[Any, Meta(description=STOP_TOKENS)]
-BadWords = Annotated[Any, Meta(description=BAD_WORDS)]
+Seconds = Annotated[float, Meta(gt=0, description="a number of seconds above 0")]
 Salt = Annotated[str, Meta(max_length=MAX_SALT_CHARS, description=f"a string of up to {MAX_SALT_CHARS} characters")]
-PromptValue = Annotated[str | list[Any], Meta(description=PROMPTS)]
-LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description=LOGPROBS)]
-LogprobFlag = Annotated[Any, Meta(description=LOGPROBS)]
+Text = Annotated[str, Meta(description="a string")]
 Priority = Annotated[
     int, Meta(ge=-(2**31), le=2**31 - 1, description="a whole number of at most 32 bits, of which the lower goes first")
 ]
-Role = Annotated[Literal["system", "developer", "user", "assistant"], Meta(description=f"one of {', '.join(ROLES)}")]
+Role = Annotated[
+    Literal["system", "developer", "user", "assistant", "tool"], Meta(description=f"one of {', '.join(ROLES)}")
+]
+Bounded = Annotated[Any, Meta(description="what the rules say")]
+PromptValue = Annotated[str | list[Any], Meta(description=PROMPTS)]
+
+
+class Rule(NamedTuple):
+    """What a field must be: the end of a sentence, and a JSON schema."""
+
+    sentence: str
+    schema: dict[str, Any]
+
+
+@cache
+def rules(limits: Limits) -> dict[str, Rule]:
+    """Of each field, by its name, that the limits bound."""
+    token = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+    tokens = {"type": "array", "items": token, "minItems": 1}
+    stop = {"type": "string", "minLength": 1, "maxLength": limits.stop_chars}
+    word = {"type": "string", "minLength": 1, "maxLength": limits.bad_word_chars, "pattern": r"\S"}
+    likeliest = Rule(
+        f"a whole number from 0 to {limits.logprobs}", {"type": "integer", "minimum": 0, "maximum": limits.logprobs}
+    )
+    batches = [{"type": "array", "items": one, "minItems": 1, "maxItems": limits.prompts}
+               for one in ({"type": "string"}, tokens)]  # fmt: skip
+    return {
+        "prompt": Rule(PROMPTS, {"anyOf": [{"type": "string"}, tokens, *batches]}),
+        "tokens": Rule("a list of token ids", {"type": "array", "items": token, "maxItems": limits.prompt_tokens}),
+        "n": Rule(f"a whole number from 1 to {limits.n}", {"type": "integer", "minimum": 1, "maximum": limits.n}),
+        "stop": Rule(
+            f"a string or a list of up to {limits.stops} strings, each of 1 to {limits.stop_chars} characters",
+            {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": limits.stops}]},
+        ),
+        "stop_token_ids": Rule(
+            f"a list of up to {limits.stop_token_ids} token ids",
+            {"type": "array", "items": token, "maxItems": limits.stop_token_ids},
+        ),
+        "bad_words": Rule(
+            f"a list of up to {limits.bad_words} strings, each of 1 to {limits.bad_word_chars} characters",
+            {"type": "array", "items": word, "maxItems": limits.bad_words},
+        ),
+        "logit_bias": Rule(
+            f"an object of up to {limits.logit_bias} token ids, as strings, each with a number from -100 to 100",
+            {
+                "type": "object",
+                "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
+                "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                "maxProperties": limits.logit_bias,
+            },
+        ),
+        "logprobs": likeliest,
+        "top_logprobs": likeliest,
+        "prompt_logprobs": likeliest,
+    }
 
 
 def prompts(value: str | list[Any]) -> tuple[str | tuple[int, ...], ...]:
@@ -64,54 +106,57 @@ def prompts(value: str | list[Any]) -> tuple[str | tuple[int, ...], ...]:
     if all(isinstance(item, str) for item in value):
         return tuple(value)
     if all(isinstance(item, list) for item in value):
-        return tuple(_token_ids(item) for item in value)
-    return (_token_ids(value),)
+        return tuple(token_ids(item, "prompt", PROMPTS) for item in value)
+    return (token_ids(value, "prompt", PROMPTS),)
 
 
-def _token_ids(value: list[Any]) -> tuple[int, ...]:
+def token_ids(value: list[Any], name: str, expected: str) -> tuple[int, ...]:
     if not value:
-        raise InvalidRequest("prompt must have at least one token id in each list", "prompt")
+        raise InvalidRequest(f"{name} must have at least one token id in each list", name)
     if not all(type(item) is int for item in value):
-        raise InvalidRequest(f"prompt must be {PROMPTS}, not a list of other things", "prompt")
-    if not 0 <= min(value) <= max(value) < 2**32:
-        raise InvalidRequest("prompt has a token id that is negative or over 32 bits", "prompt")
+        raise InvalidRequest(f"{name} must be {expected}, not a list of other things", name)
+    if not 0 <= min(value) <= max(value) <= MAX_TOKEN_ID:
+        raise InvalidRequest(f"{name} has a token id that is negative or over 32 bits", name)
     return tuple(value)
 
 
-def completion_logprobs(value: Any) -> int | None:
-    """False, which is what a chat's `logprobs` is by default, passes for none."""
-    if value is None or value is False:
+def logprobs(name: str, value: Any, limits: Limits) -> int | None:
+    """How many of the likeliest tokens to tell."""
+    if value is None:
         return None
-    if type(value) is not int or not 0 <= value <= MAX_LOGPROBS:
-        raise _wrong("logprobs", LOGPROBS, value)
+    if type(value) is not int or not 0 <= value <= limits.logprobs:
+        raise _wrong(name, rules(limits)[name].sentence, value)
     return value
 
 
-def stops(value: Any) -> tuple[str, ...]:
+def stops(value: Any, limits: Limits) -> tuple[str, ...]:
     def fits(stop: Any) -> bool:
-        return isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_CHARS
+        return isinstance(stop, str) and 0 < len(stop) <= limits.stop_chars
 
-    return _items("stop", STOPS, [value] if isinstance(value, str) else value, MAX_STOPS, fits)
+    return _items("stop", [value] if isinstance(value, str) else value, limits.stops, fits, limits)
 
 
-def bad_words(value: Any) -> tuple[str, ...]:
+def bad_words(value: Any, limits: Limits) -> tuple[str, ...]:
     def fits(word: Any) -> bool:
-        return isinstance(word, str) and 0 < len(word) <= MAX_BAD_WORD_CHARS and not word.isspace()
+        return isinstance(word, str) and 0 < len(word) <= limits.bad_word_chars and not word.isspace()
 
-    return _items("bad_words", BAD_WORDS, value, MAX_BAD_WORDS, fits)
+    return _items("bad_words", value, limits.bad_words, fits, limits)
 
 
-def stop_tokens(value: Any) -> tuple[int, ...]:
+def stop_tokens(value: Any, limits: Limits) -> tuple[int, ...]:
     """Not yet checked against the vocabulary."""
 
     def fits(token: Any) -> bool:
-        return type(token) is int and 0 <= token < 2**32
+        return type(token) is int and 0 <= token <= MAX_TOKEN_ID
 
-    return _items("stop_token_ids", STOP_TOKENS, value, MAX_STOP_TOKENS, fits)
+    return _items("stop_token_ids", value, limits.stop_token_ids, fits, limits)
 
 
-def _items(name: str, expected: str, value: Any, most: int, fits: Callable[[Any], bool]) -> tuple[Any, ...]:
+def _items(name: str, value: Any, most: int, fits: Callable[[Any], bool], limits: Limits) -> tuple[Any, ...]:
     """A list of at most so many items that all fit."""
+    if value is None:
+        return ()
+    expected = rules(limits)[name].sentence
     if not isinstance(value, list) or len(value) > most:
         raise _wrong(name, expected, value)
     for item in value:
@@ -120,17 +165,22 @@ def _items(name: str, expected: str, value: Any, most: int, fits: Callable[[Any]
     return tuple(value)
 
 
-def biases(value: Any) -> tuple[tuple[int, float], ...]:
+def biases(value: Any, limits: Limits) -> tuple[tuple[int, float], ...]:
     """Of token ids that are not yet checked against the vocabulary. Each is written in one way only, so none comes
     twice."""
-    if not isinstance(value, dict) or len(value) > MAX_BIASES:
-        raise _wrong("logit_bias", BIASES, value)
+    if value is None:
+        return ()
+    expected = rules(limits)["logit_bias"].sentence
+    if not isinstance(value, dict):
+        raise _wrong("logit_bias", expected, value)
+    if len(value) > limits.logit_bias:
+        raise InvalidRequest(f"logit_bias must be {expected}; it has {len(value)}", "logit_bias")
     found = []
     for key, bias in value.items():
-        if not TOKEN_ID.fullmatch(key) or int(key) >= 2**32:
-            raise InvalidRequest(f"logit_bias must be {BIASES}; one key is no token id", "logit_bias")
+        if not TOKEN_ID.fullmatch(key) or int(key) > MAX_TOKEN_ID:
+            raise InvalidRequest(f"logit_bias must be {expected}; one key is no token id", "logit_bias")
         if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise _wrong_item("logit_bias", BIASES, bias)
+            raise _wrong_item("logit_bias", expected, bias)
         found.append((int(key), float(bias)))
     return tuple(found)
 

@@ -173,7 +173,7 @@ class Handovers:
     def __init__(self, *scripts: list[Piece]):
         self.scripts, self.sequences, self.fills = list(scripts), [], []
 
-    async def admitted(self, sequence, model, cached, names, record, fills):
+    async def admitted(self, sequence, model, cached, names, record, give_up, fills):
         self.sequences.append(sequence)
         self.fills.append(fills)
         return self

@@ -10,17 +10,11 @@ from hypothesis import strategies as st
 
 from kvferry.common.errors import InvalidRequest, NotFound, Overloaded
 from kvferry.router.answers import Answer, Model, error_body, models_list, usage_of
+from kvferry.router.bodies import NEUTRAL_CHAT, NEUTRAL_COMPLETION, ChatBody, CompletionBody
 from kvferry.router.choices import Part
+from kvferry.router.defaults import SamplingDefaults
 from kvferry.router.limits import Limits
-from kvferry.router.openai import (
-    NEUTRAL_CHAT,
-    NEUTRAL_COMPLETION,
-    ChatBody,
-    CompletionBody,
-    Conversation,
-    Message,
-    parse_request,
-)
+from kvferry.router.openai import Conversation, Message, parse_request
 
 MINIMAL = {
     "completion": {"model": "demo", "prompt": "p"},
@@ -91,6 +85,10 @@ def test_defaults():
         ("prompt_logprobs", 20, "prompt_logprobs", 20),
         ("priority", -(2**31), "priority", -(2**31)),
         ("priority", 2**31 - 1, "priority", 2**31 - 1),
+        ("timeout", 0.5, "timeout_s", 0.5),
+        ("timeout", 10**6, "timeout_s", 10**6),
+        ("include_stop_str_in_output", True, "include_stop", True),
+        ("skip_special_tokens", False, "skip_special_tokens", False),
     ],
 )
 @pytest.mark.parametrize("kind", MINIMAL)
@@ -224,6 +222,11 @@ def test_refused_prompts(sent, says):
         ("priority", -(2**31) - 1),
         ("priority", 0.5),
         ("priority", "high"),
+        ("timeout", 0),
+        ("timeout", -1),
+        ("timeout", "10s"),
+        ("skip_special_tokens", 0),
+        ("add_special_tokens", "no"),
         ("logprobs", 1.5),
         ("logprobs", "2"),
         ("logprobs", []),
@@ -301,6 +304,86 @@ def test_how_many_answers_a_request_may_want():
     assert refusal("completion", prompt=["a"] * 100, n=3).param == "n"
 
 
+def at(limits: Limits, kind: str = "completion", **fields: Any) -> str | None:
+    """The field that is refused under these limits, if one is."""
+    try:
+        parse_request(kind, json.dumps(MINIMAL[kind] | fields).encode(), limits)
+    except InvalidRequest as error:
+        return error.param
+    return None
+
+
+SMALL = Limits(
+    stops=3, stop_chars=4, stop_token_ids=3, bad_words=3, bad_word_chars=4, logit_bias=3, logprobs=3, n=3, prompts=3,
+    choices=6, prompt_tokens=6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "bound", "value"),
+    [
+        ("stop", SMALL.stops, lambda size: ["a"] * size),
+        ("stop", SMALL.stop_chars, lambda size: "a" * size),
+        ("stop_token_ids", SMALL.stop_token_ids, lambda size: [1] * size),
+        ("bad_words", SMALL.bad_words, lambda size: ["a"] * size),
+        ("bad_words", SMALL.bad_word_chars, lambda size: ["a" * size]),
+        ("logit_bias", SMALL.logit_bias, lambda size: {str(token): 1 for token in range(size)}),
+        ("logprobs", SMALL.logprobs, lambda size: size),
+        ("prompt_logprobs", SMALL.logprobs, lambda size: size),
+        ("n", SMALL.n, lambda size: size),
+        ("prompt", SMALL.prompts, lambda size: ["a"] * size),
+        ("prompt", SMALL.prompt_tokens, lambda size: [7] * size),
+        ("prompt", SMALL.prompt_tokens, lambda size: [[7] * (size - 2), [7, 7]]),
+    ],
+)
+def test_each_bound(field, bound, value):
+    """At it, one below and one above."""
+    told = [at(SMALL, **{field: value(size)}) for size in (bound - 1, bound, bound + 1)]
+    assert told == [None, None, field]
+
+
+def test_how_deep_a_body_may_be():
+    limits = Limits(json_depth=6)
+
+    def nested(levels: int) -> dict[str, Any]:
+        return {"metadata": json.loads("[" * (levels - 1) + "]" * (levels - 1))}
+
+    assert [at(limits, **nested(levels)) for levels in (5, 6)] == [None, None]
+    for kind in MINIMAL:
+        with pytest.raises(InvalidRequest, match="nested too deeply; this server takes 6 levels"):
+            parse_request(kind, json.dumps(MINIMAL[kind] | nested(7)).encode(), limits)
+    many = json.dumps(MINIMAL["completion"] | {"prompt": [[7]] * 100, "metadata": {"a": [{}] * 50}}).encode()
+    assert len(parse_request("completion", many, limits).prompts) == 100, "wide is not deep"
+
+
+def test_what_the_models_makers_advise():
+    """It counts where the client says nothing."""
+    advised = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1, repetition_penalty=1.05)
+    for kind, body in MINIMAL.items():
+        asked = parse_request(kind, json.dumps(body).encode(), defaults=advised)
+        assert (asked.temperature, asked.top_p, asked.top_k) == (0.7, 0.8, 20)
+        assert (asked.min_p, asked.repetition_penalty) == (0.1, 1.05)
+        own = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+        asked = parse_request(kind, json.dumps(body | own).encode(), defaults=advised)
+        assert asked == parse_request(kind, json.dumps(body | {"temperature": 0}).encode())
+
+
+def test_fields_of_the_chat_template():
+    asked = parse("chat", chat_template_kwargs={"enable_thinking": False}).prompts[0]
+    assert asked.template_fields == {"enable_thinking": False}
+    assert (asked.generation_prompt, asked.continues) == (True, False)
+    asked = parse("chat", add_generation_prompt=False, continue_final_message=True).prompts[0]
+    assert (asked.generation_prompt, asked.continues) == (False, True)
+    assert refusal("chat", continue_final_message=True).param == "continue_final_message"
+    assert refusal("chat", chat_template_kwargs=[]).param == "chat_template_kwargs"
+
+
+def test_special_tokens():
+    assert (parse("completion").special_tokens, parse("chat").special_tokens) == (True, False)
+    assert not parse("completion", add_special_tokens=False).special_tokens
+    assert parse("chat", add_special_tokens=True).special_tokens
+
+
 def test_stream_options():
     assert parse("chat", stream=True, stream_options={"include_usage": True}).include_usage
     assert not parse("chat", stream=True, stream_options={}).include_usage
@@ -319,8 +402,10 @@ def test_stream_options():
         ({"role": "user", "content": None}, "messages[1].content"),
         ({"role": "robot", "content": "x"}, "messages[1].role"),
         ({"role": ["user"], "content": "x"}, "messages[1].role"),
-        ({"role": "tool", "content": "x"}, "messages[1].role"),
-        ({"role": "user", "content": "x", "name": "bob"}, "messages[1].name"),
+        ({"role": "function", "content": "x"}, "messages[1].role"),
+        ({"role": "tool", "content": None}, "messages[1].content"),
+        ({"role": "user", "content": "x", "name": 3}, "messages[1].name"),
+        ({"role": "user", "content": "x", "tool_call_id": "c1"}, "messages[1].tool_call_id"),
         ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[1].tool_calls"),
         ({"role": "user", "content": "x", "contents": "x"}, "messages[1].contents"),
         ({"role": "user", "content": [3]}, "messages[1].content[0]"),
@@ -340,8 +425,15 @@ def test_messages():
         {"role": "developer", "content": "d"},
         {"role": "user", "content": parts},
         {"role": "assistant", "content": "r", "refusal": None, "tool_calls": []},
+        {"role": "assistant", "content": None},
+        {"role": "assistant"},
+        {"role": "user", "content": "u", "name": "bob"},
+        {"role": "tool", "content": "t", "tool_call_id": "c1"},
     ]
-    expected = (Message("developer", "d"), Message("user", "a\nb"), Message("assistant", "r"))
+    expected = (
+        Message("developer", "d"), Message("user", "a\nb"), Message("assistant", "r"), Message("assistant", ""),
+        Message("assistant", ""), Message("user", "u", name="bob"), Message("tool", "t", tool_call_id="c1"),
+    )  # fmt: skip
     assert parse("chat", messages=sent).prompts == (Conversation(expected),)
     assert refusal("chat", messages=[]).param == "messages"
     assert refusal("chat", messages="x").param == "messages"
@@ -372,7 +464,10 @@ def test_neutral_values_change_nothing(kind, name, value):
         ("chat", "store", True),
         ("chat", "modalities", ["audio"]),
         ("chat", "reasoning_effort", "high"),
-        ("chat", "add_generation_prompt", False),
+        ("chat", "chat_template", "{{ messages }}"),
+        ("chat", "prediction", {"type": "content", "content": "x"}),
+        ("chat", "service_tier", "flex"),
+        ("completion", "response_format", {"type": "json_object"}),
     ],
 )
 def test_what_would_change_the_answer_is_refused(kind, name, value):
@@ -470,6 +565,8 @@ def test_nothing_of_the_client_is_in_the_repr():
     written = {"prompt": "secret-1", "stop": "secret-2", "cache_salt": "secret-3", "bad_words": ["secret-4"]}
     request = parse("completion", **written)
     assert "secret" not in repr(request)
+    told = parse("chat", messages=[{"role": "user", "content": "secret-1"}], chat_template_kwargs={"a": "secret-2"})
+    assert "secret" not in repr(told)
 
 
 def test_completion_answer():
@@ -480,7 +577,7 @@ def test_completion_answer():
         "object": "text_completion",
         "created": 123,
         "model": "demo",
-        "choices": [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
         "usage": {
             "prompt_tokens": 5,
             "completion_tokens": 2,
@@ -513,6 +610,15 @@ def test_chat_answer_and_stream():
     assert usage["choices"] == []
     assert usage["usage"]["total_tokens"] == 7
     assert "usage" not in json.loads(Answer("chat", "demo", "r1", 123).chunks(Part(0, "a", (7,)))[-1])
+
+
+def test_why_a_choice_stopped():
+    said = [Part(0, "hi", (7,), "stop", stop_reason="END"), Part(1, "ho", (8,), "stop", stop_reason=8)]
+    for kind in MINIMAL:
+        choices = json.loads(Answer(kind, "demo", "r1", 123, n=2).whole(said, usage_of(1, 1, 0)))["choices"]
+        assert [(one["finish_reason"], one["stop_reason"]) for one in choices] == [("stop", "END"), ("stop", 8)]
+        chunks = [json.loads(chunk)["choices"][0] for chunk in Answer(kind, "demo", "r1", 123).chunks(said[0])]
+        assert [one["stop_reason"] for one in chunks] == [None] * (len(chunks) - 1) + ["END"]
 
 
 def test_token_ids_where_vllm_has_them():

@@ -1,7 +1,9 @@
 """Detokenising and stop strings: whatever the chunks, the pieces add up to the whole. Tokens by themselves."""
 
 import asyncio
+import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from kvferry.cli.demo_model import byte_tokenizer
 from kvferry.common.errors import ConfigError, InvalidRequest
+from kvferry.router.choices import Choice
 from kvferry.router.detokenize import MAX_WINDOW, StopScanner
+from kvferry.router.handover import Piece
 from kvferry.router.logprobs import Offsets, Told
-from kvferry.router.openai import Conversation, Message
+from kvferry.router.openai import Conversation, Message, parse_request
 from kvferry.router.text import Tokenizer, check_token_ids, load_tokenizer
 
 
@@ -49,11 +53,11 @@ def run(detokenizer, chunks) -> str:
     return text + detokenizer.finish()
 
 
-def stopped_text(text: str, stops: list[str]) -> str:
-    """The reference: read on until a stop string is complete, then cut before it."""
-    for end in range(1, len(text) + 1):
+def stopped_text(text: str, stops: list[str], quiet: int = 0, included: bool = False) -> str:
+    """The reference: read on until a stop string is complete, after `quiet` characters, then cut before or after it."""
+    for end in range(quiet + 1, len(text) + 1):
         if complete := [stop for stop in stops if text[:end].endswith(stop)]:
-            return text[: end - max(map(len, complete))]
+            return text[: end - (0 if included else max(map(len, complete)))]
     return text
 
 
@@ -128,6 +132,53 @@ def test_stop_strings_cut_as_the_reference(data):
     assert (scanner.found is not None) == any(stop in text for stop in stops)
 
 
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), included=st.booleans())
+def test_no_stop_string_ends_the_first_tokens(data, included):
+    """What `min_tokens` promises. A stop string may begin in them."""
+    stops = data.draw(st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+    text, quiet = data.draw(st.text("abc", max_size=20)), data.draw(st.integers(0, 22))
+    asked = parse_request("completion", json.dumps({"model": "m", "prompt": "p", "stop": stops, "max_tokens": 99,
+                          "min_tokens": quiet, "include_stop_str_in_output": included}).encode())  # fmt: skip
+    choice, said = Choice(0, BYTES, asked, 0), ""
+    chunks = pieces(data.draw, tuple(text.encode()))
+    for number, chunk in enumerate(chunks):
+        part = choice.take(Piece(chunk, "length" if number == len(chunks) - 1 else None))
+        said += part.text
+        if part.finish_reason:
+            break
+    assert said == stopped_text(text, stops, quiet, included)
+    ended = stopped_text(text, stops, quiet) != text
+    assert (part.stop_reason in stops) == (part.finish_reason == "stop")
+    assert part.finish_reason == ("stop" if ended else "length")
+
+
+@pytest.mark.parametrize(
+    ("fields", "last", "text", "reason"),
+    [
+        ({}, 257, "ab", None),
+        ({"skip_special_tokens": False}, 257, "ab", None),
+        ({"skip_special_tokens": False, "include_stop_str_in_output": True}, 257, "ab<|eos|>", None),
+        ({"stop_token_ids": [99]}, 99, "ab", 99),
+        ({"stop_token_ids": [99], "include_stop_str_in_output": True}, 99, "abc", 99),
+    ],
+)
+def test_the_token_that_ends_an_answer(fields, last, text, reason):
+    """It is no part of the text unless that is asked for."""
+    asked = parse_request("completion", json.dumps({"model": "m", "prompt": "p", **fields}).encode())
+    choice = Choice(0, BYTES, asked, 0)
+    parts = [choice.take(Piece((97, 98))), choice.take(Piece((last,), "stop"))]
+    assert "".join(part.text for part in parts) == text
+    assert (parts[-1].stop_reason, parts[-1].token_ids) == (reason, (last,))
+
+
+def test_special_tokens_are_shown_where_that_is_asked_for():
+    detokenizer = BYTES.detokenizer(skip_special_tokens=False)
+    assert run(detokenizer, [[256, 0x61, 260], [257, 0x62, 299]]) == "<|bos|>a<|user|><|eos|>b"
+    assert BYTES.decode_all([256, 0x61, 299]) == "<|bos|>a"
+    assert BYTES.names([256, 0x61, 0x20]) == ["<|bos|>", "a", "\u0120"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_stop_strings_through_tokens(data):
@@ -192,6 +243,49 @@ def test_chat_template_and_developer_role():
     assert token_ids.count(256) == 1
 
 
+def test_what_goes_into_the_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.name }}:{{ m.tool_call_id }}:{{ m.content }};{% endfor %}"
+        "{{ thinking }}{% if add_generation_prompt %}go{% endif %}{# developer #}"
+    )
+    own, user = Tokenizer(tokenizer), Message("user", "hi", name="bob")
+
+    def rendered(*turns: Message, **fields: Any) -> str:
+        return own.decode_all(own.encode_now(Conversation(turns, **fields)))
+
+    assert rendered(user) == "user:bob::hi;go"
+    assert rendered(user, generation_prompt=False) == "user:bob::hi;"
+    assert rendered(user, template_fields={"thinking": "deep"}) == "user:bob::hi;deepgo"
+    assert rendered(Message("developer", "d")) == "developer:::d;go"
+    assert rendered(user, Message("tool", "t", tool_call_id="c1")) == "user:bob::hi;tool::c1:t;go"
+    assert rendered(user, Message("assistant", "so"), generation_prompt=False, continues=True).endswith("so")
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "messages", "add_generation_prompt"])
+def test_what_clients_may_not_tell_the_template(name):
+    turns = (Message("user", "hi"),)
+    with pytest.raises(InvalidRequest, match="leave it out") as refused:
+        BYTES.encode_now(Conversation(turns, template_fields={name: "x"}))
+    assert refused.value.param == f"chat_template_kwargs.{name}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ 1 + m.content }}{% endif %}{% endfor %}",
+    ],
+)
+def test_a_role_that_the_template_does_not_take(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InvalidRequest, match="does not take") as refused:
+        Tokenizer(tokenizer).encode_now(Conversation((Message("user", "hi"), Message("tool", "t"))))
+    assert refused.value.param == "messages[1].role"
+
+
 def test_model_without_a_template_refuses_a_chat():
     with pytest.raises(InvalidRequest, match="no chat template; use /v1/completions"):
         FALLBACK.encode_now(Conversation((Message("user", "hi"),)))
@@ -202,6 +296,10 @@ def test_template_that_refuses_is_an_invalid_request():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         Tokenizer(tokenizer).encode_now(Conversation((Message("user", "hi"),)))
+    tokenizer.chat_template = "{{ 1 + messages[0].content }}"
+    with pytest.raises(InvalidRequest, match="refuses the messages: TypeError") as refused:
+        Tokenizer(tokenizer).encode_now(Conversation((Message("user", "hi"),)))
+    assert refused.value.param == "messages"
 
 
 def test_long_and_short_prompts_encode_alike():

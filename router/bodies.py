@@ -1,0 +1,143 @@
+"""The bodies of requests, field by field, and the fields that clients send by habit.
+
+What is in a Struct is supported. What is in a table of neutral fields is not, but a value that leaves the answer as it
+is passes; any other is a 400. Everything else is unknown, a 400 too.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from kvferry.router.fields import ANYTHING
+from kvferry.router.values import (
+    Bounded,
+    Count,
+    Flag,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    ModelName,
+    Penalty,
+    Priority,
+    PromptValue,
+    Repetition,
+    Role,
+    Salt,
+    Seconds,
+    Seed,
+    Temperature,
+    Text,
+    TopK,
+    TopP,
+)
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: Flag | None = None
+
+
+class TextPart(msgspec.Struct, frozen=True):
+    type: Annotated[Literal["text"], Meta(description="text, the only part supported yet")]
+    text: Text
+
+
+class MessageBody(msgspec.Struct, frozen=True):
+    """Only an assistant's message may be without content."""
+
+    role: Role
+    content: Annotated[str | list[TextPart], Meta(description="a string or a list of text parts")] | None = None
+    name: Text | None = None
+    tool_call_id: Text | None = None
+
+
+Messages = Annotated[list[MessageBody], Meta(min_length=1, description="a list of at least one message")]
+TemplateFields = Annotated[dict[str, Any], Meta(description="an object")]
+
+
+class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelName
+    max_tokens: Count | None = None
+    n: Count | None = None
+    best_of: Count | None = None
+    prompt_logprobs: Bounded = None
+    priority: Priority | None = None
+    min_tokens: MinTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: Bounded = None
+    bad_words: Bounded = None
+    stop_token_ids: Bounded = None
+    seed: Seed | None = None
+    ignore_eos: Flag | None = None
+    stop: Bounded = None
+    include_stop_str_in_output: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    add_special_tokens: Flag | None = None
+    cache_salt: Salt | None = None
+    timeout: Seconds | None = None
+    return_token_ids: Flag | None = None
+    stream: Flag | None = None
+    stream_options: Annotated[StreamOptions, Meta(description="an object")] | None = None
+
+
+class CompletionBody(CommonBody, frozen=True, kw_only=True):
+    prompt: PromptValue
+    max_tokens: MaxTokens | None = None
+    logprobs: Bounded = None
+    echo: Flag | None = None
+
+
+class ChatBody(CommonBody, frozen=True, kw_only=True):
+    messages: Messages
+    max_completion_tokens: Count | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Bounded = None
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    chat_template_kwargs: TemplateFields | None = None
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """`prompt` or `messages`: one of them."""
+
+    model: ModelName | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: Flag | None = None
+    return_token_strs: Flag | None = None
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    chat_template_kwargs: TemplateFields | None = None
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelName | None = None
+    tokens: Annotated[list[Any], Meta(description="a list of token ids")]
+
+
+NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
+    "length_penalty": (1,), "use_beam_search": (False,), "allowed_token_ids": ([],),
+    "spaces_between_special_tokens": (True, False), "truncate_prompt_tokens": (), "user": (ANYTHING,),
+    "metadata": (ANYTHING,), "store": (False,), "service_tier": ("auto", "default"),
+    "safety_identifier": (ANYTHING,), "prompt_cache_key": (ANYTHING,), "prompt_cache_retention": (ANYTHING,),
+    "response_format": ({"type": "text"},),
+}  # fmt: skip
+NEUTRAL_COMPLETION = NEUTRAL_COMMON | {"suffix": ("",)}
+NEUTRAL_CHAT = NEUTRAL_COMMON | {
+    "echo": (False,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],), "audio": (),
+    "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (), "chat_template": (),
+    "documents": ([],), "include_reasoning": (True, False),
+}  # fmt: skip
+NEUTRAL_TOKENIZE: dict[str, tuple[Any, ...]] = {"tools": ([],), "chat_template": ()}
+NEUTRAL_STREAM: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "refusal": (), "audio": (), "tool_calls": ([],), "function_call": (), "reasoning_content": ("",),
+    "annotations": ([],),
+}  # fmt: skip
