@@ -290,6 +290,34 @@ def test_what_a_client_says_of_tenants_is_dropped(house, prompts):
         assert house.post(second, prompt, **{field: "one"}).status_code == 400
 
 
+def test_a_tenant_of_more_weight_goes_first_more_often(own, folder, prompts):
+    """One place for all, and both have twelve requests for it: when the one that weighs eight times as much is done,
+    the other has had some one or two."""
+    path = folder / "weights.toml"
+    file, light = with_key(new_file(), "light")
+    file, heavy = with_key(file, "heavy")
+    write_file(path, limited(limited(file, "light", weight=0.5), "heavy", weight=4))
+    house = House(own(f"--tenants-file={path}", "--max-num-seqs=1", tenants=False), path)
+    done: list[str] = []
+
+    def ask(key: str) -> None:
+        assert house.post(key, prompts.tokens(20)).status_code == 200
+        done.append(key)
+
+    with house.stream(heavy, prompts.tokens(20)) as first:  # so that all of them have to wait
+        with house.standing_still():
+            threads = [threading.Thread(target=ask, args=(key,)) for key in [light, heavy] * 12]
+            for thread in threads:
+                thread.start()
+            until(lambda: "kvferry_open_requests 25.0" in house.cluster.admin("/metrics").text, 10, "all there")
+        first.rest()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 24
+    last = max(at for at, key in enumerate(done) if key == heavy)
+    assert done[:last].count(light) <= 6, "twelve is what equal weights would give"
+
+
 # -- the log ----------------------------------------------------------------------------------------------------------
 
 
