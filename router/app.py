@@ -23,10 +23,13 @@ from kvferry.router.limits import Limits
 from kvferry.router.listener import listen
 from kvferry.router.nodes import Nodes
 from kvferry.router.openai import Kind, parse_request
+from kvferry.router.openapi import openapi
 from kvferry.router.placement import least_loaded
 from kvferry.router.quota import Quotas
+from kvferry.router.sse import send_json
 from kvferry.router.tenants import LiveTenants, Tenant, Tenants
 from kvferry.router.text import Tokenizer, load_tokenizer
+from kvferry.router.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize
 
 READY_LOOK_S = 30.0
 
@@ -95,10 +98,10 @@ class Front:
         self._created = int(time.time())
         self.generator = Generator(config, limits, tokenizer, nodes, flow, metrics, clock)
 
-    def take_tenants(self, tenants: Tenants, erased: frozenset[str]) -> None:
+    def take_tenants(self, tenants: Tenants) -> None:
         """The tenants file has changed: other limits count, and what erased tenants have under way ends."""
         self._quotas.update(tenants.limits)
-        self._flow.end_tenants(erased)
+        self._flow.take_tenants(tenants.pseudonyms)
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[guard(self._limits, self._metrics)], client_max_size=self._limits.body_bytes)
@@ -106,6 +109,9 @@ class Front:
         app.router.add_post("/v1/chat/completions", lambda request: self._generate(request, "chat"))
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{id:.+}", self._model)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
+        app.router.add_get("/openapi.json", self._openapi)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/version", self._version)
@@ -136,16 +142,37 @@ class Front:
             raise Unavailable(self._nodes.missing())
         return as_json(served[0])
 
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        self._authenticate(request)
+        asked = parse_tokenize(await read_body(request, self._limits), self._limits)
+        self._check_model(asked.model)
+        model = await self._flow.ready_model(self._config.node_wait_s)
+        told = await tokenize(asked, self._tokenizer, model.max_model_len, self._limits)
+        return await self._send(request, told)
+
+    async def _detokenize(self, request: web.Request) -> web.StreamResponse:
+        self._authenticate(request)
+        asked = parse_detokenize(await read_body(request, self._limits), self._limits)
+        self._check_model(asked.model)
+        model = await self._flow.ready_model(self._config.node_wait_s)
+        return await self._send(request, detokenize(asked, self._tokenizer, model.vocab_size))
+
+    async def _openapi(self, request: web.Request) -> web.StreamResponse:
+        return await self._send(request, openapi(self._limits))
+
+    async def _send(self, request: web.Request, value: object) -> web.StreamResponse:
+        return await send_json(request, encoded(value), self._limits.write_s, {"X-Request-Id": request["id"]})
+
     def _served(self) -> list[Model]:
         """The model, if a worker is up that runs it."""
         lengths = [node.model.max_model_len for node in least_loaded(self._nodes.decode)]
         name = self._config.served_model_name
         return [Model(id=name, created=self._created, max_model_len=length) for length in lengths[:1]]
 
-    def _check_model(self, name: str) -> None:
-        """Raises NotFound."""
+    def _check_model(self, name: str | None) -> None:
+        """Raises NotFound for a model that is named and not served."""
         served = self._config.served_model_name
-        if name not in (served, self._config.model):
+        if name not in (None, served, self._config.model):
             raise NotFound(f"the model {name[:64]!r} is not served here; {served!r} is")
 
     def _authenticate(self, request: web.Request) -> Tenant:

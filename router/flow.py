@@ -96,7 +96,7 @@ class Flow:
         self._metrics, self._clock = metrics, clock
         self._finishing: set[asyncio.Task[None]] = set()
         self._active: dict[Handover, str] = {}  # and whose they are: the tenant's pseudonym
-        self._erased: frozenset[str] = frozenset()
+        self._tenants: frozenset[str] | None = None  # that there are; None is all
         self._stopping = False
 
     def stop(self) -> None:
@@ -105,18 +105,18 @@ class Flow:
         for handover in self._active:
             handover.abort(Unavailable(STOPPING))
 
-    def end_tenants(self, pseudonyms: frozenset[str]) -> None:
-        """These tenants were erased: end their requests with an error, and take no more."""
-        self._erased |= pseudonyms
+    def take_tenants(self, pseudonyms: frozenset[str]) -> None:
+        """These are the tenants there are from now on: end the requests of all others with an error."""
+        self._tenants = pseudonyms
         for handover, tenant in self._active.items():
-            if tenant in pseudonyms:
+            if tenant not in pseudonyms:
                 handover.abort(Unauthenticated(ERASED))
 
     def _check_wanted(self, job: Job) -> None:
         """Raise what ends a job that is not to go on."""
         if self._stopping:
             raise Unavailable(STOPPING)
-        if job.keys.pseudonym in self._erased:
+        if self._tenants is not None and job.keys.pseudonym not in self._tenants:
             raise Unauthenticated(ERASED)
 
     async def run(self, job: Job, record: Record, progress: Progress, attempt: int = 1) -> AsyncGenerator[Piece, None]:

@@ -105,9 +105,6 @@ class Tenants:
         return self._tenants[TenantId(known.tenant)]
 
 
-Changed = Callable[[Tenants, frozenset[str]], None]
-
-
 class LiveTenants:
     """The `Tenants` of a file as it stands now; `now` is replaced as a whole, never changed."""
 
@@ -122,15 +119,14 @@ class LiveTenants:
         """As `Tenants.authenticate`."""
         return self.now.authenticate(authorization)
 
-    async def watch(self, changed: Changed) -> None:
-        """Look again and again, until cancelled. `changed` is told of new tenants, and the pseudonyms of those that
-        were erased."""
+    async def watch(self, changed: Callable[[Tenants], None]) -> None:
+        """Look again and again, until cancelled. `changed` is told of other tenants, at once."""
         while self._path is not None:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
                 if (found := await asyncio.to_thread(self.look)) is not None:
-                    before, self.now = self.now, found
-                    changed(found, before.pseudonyms - found.pseudonyms)
+                    self.now = found
+                    changed(found)
             except Exception:
                 log.exception("looking at the tenants file failed: this is a bug")
 

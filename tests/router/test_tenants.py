@@ -13,7 +13,15 @@ from kvferry.common.errors import ConfigError, Unauthenticated
 from kvferry.router import tenants as tenants_module
 from kvferry.router.quota import TenantLimits
 from kvferry.router.tenants import LiveTenants, Tenants
-from kvferry.router.tenants_file import new_file, read_file, with_key, without_key, without_tenant, write_file
+from kvferry.router.tenants_file import (
+    TenantsFile,
+    new_file,
+    read_file,
+    with_key,
+    without_key,
+    without_tenant,
+    write_file,
+)
 
 NEW_YEAR = datetime(2027, 1, 1, tzinfo=UTC)
 
@@ -345,26 +353,28 @@ def test_a_file_written_in_place_with_the_old_time_is_another(two):
     assert look(live)["acme"] != live.now["acme"]
 
 
-def test_watching_tells_of_those_that_were_erased(two, monkeypatch):
+def test_watching_swaps_the_tenants_and_tells_of_them(two, monkeypatch):
     path, first, second = two
     monkeypatch.setattr(tenants_module, "LOOK_EVERY_S", 0.001)
     live = LiveTenants(path)
     acme = live.now["acme"].keys.pseudonym
-    told: asyncio.Queue = asyncio.Queue()
+    told: asyncio.Queue[Tenants] = asyncio.Queue()
+
+    async def after(file: TenantsFile) -> frozenset[str]:
+        write_file(path, file)
+        assert await told.get() is live.now
+        return live.now.pseudonyms
 
     async def main():
-        watching = asyncio.create_task(live.watch(lambda *changed: told.put_nowait(changed)))
+        watching = asyncio.create_task(live.watch(told.put_nowait))
         async with asyncio.timeout(10):
-            write_file(path, without_key(read_file(path), second.split("-")[1]))
-            assert await told.get() == (live.now, frozenset())
-            write_file(path, without_tenant(read_file(path), "acme"))
-            assert await told.get() == (live.now, {acme})
-            write_file(path, with_key(read_file(path), "acme")[0])
-            assert await told.get() == (live.now, frozenset())
+            file = read_file(path)
+            assert acme in await after(without_key(file, second.split("-")[1]))
+            assert acme not in await after(without_tenant(file, "acme"))
+            assert acme not in await after(with_key(read_file(path), "acme")[0])
         watching.cancel()
 
     asyncio.run(main())
-    assert live.now["acme"].keys.pseudonym != acme
     with pytest.raises(Unauthenticated):
         live.authenticate(f"Bearer {first}")
 

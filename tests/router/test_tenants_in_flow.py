@@ -110,10 +110,10 @@ def test_the_weight_goes_with_the_sequence(flow, worker):
 def test_erased_in_mid_stream(flow, worker):
     async def main():
         task, got = await begun(flow, ACME)
-        flow.end_tenants(frozenset({BOLT.pseudonym}))
+        flow.take_tenants(frozenset({ACME.pseudonym}))
         await as_far_as_it_goes()
         assert not task.done(), "another tenant was erased"
-        flow.end_tenants(frozenset({ACME.pseudonym}))
+        flow.take_tenants(frozenset({BOLT.pseudonym}))
         with pytest.raises(Unauthenticated, match="the tenant of this API key was erased"):
             await asyncio.wait_for(task, 5)
         assert got == [7]
@@ -126,7 +126,7 @@ def test_erased_while_it_waits_for_its_place(flow, worker):
     async def main():
         worker.may_admit.clear()
         task, got = await begun(flow, ACME)
-        flow.end_tenants(frozenset({ACME.pseudonym}))
+        flow.take_tenants(frozenset({BOLT.pseudonym}))
         worker.may_admit.set()
         with pytest.raises(Unauthenticated):
             await asyncio.wait_for(task, 5)
@@ -136,11 +136,20 @@ def test_erased_while_it_waits_for_its_place(flow, worker):
     assert [handed.closed for handed in worker.handed] == [True]
 
 
-def test_erased_before_it_is_placed(flow, worker):
-    flow.end_tenants(frozenset({ACME.pseudonym}))
+def test_erased_before_it_is_placed_and_there_again(flow, worker):
+    flow.take_tenants(frozenset())
     with pytest.raises(Unauthenticated):
         asyncio.run(run(flow, ACME, []))
     assert worker.asked == 0
+    flow.take_tenants(frozenset({ACME.pseudonym}))
+
+    async def main():
+        task, got = await begun(flow, ACME)
+        assert got == [7]
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(main())
 
 
 def test_erased_while_its_choices_go_on_apart(flow, worker):
@@ -152,7 +161,7 @@ def test_erased_while_its_choices_go_on_apart(flow, worker):
         worker.handed[0].abort(Unavailable("broke"))
         await as_far_as_it_goes()
         assert len(worker.handed) == 3
-        flow.end_tenants(frozenset({ACME.pseudonym}))
+        flow.take_tenants(frozenset({BOLT.pseudonym}))
         with pytest.raises(Unauthenticated):
             await asyncio.wait_for(task, 5)
 
