@@ -6,6 +6,10 @@ A 100M-parameter Llama, made on the spot, in fp32, and the headline again in bf1
 same run, interleaved, same dtype and threads: transformers' `generate` (static batch) and its continuous batching
 (`generate_batch`, where it can run in time); decode is compared to the better of the two. The limit is what a read-only
 stream takes over the weights and the KV of one step. Medians; ratios count, the rest describes this machine.
+
+Decoding begins at contexts that are there already, of random numbers: in the page pool as if pulled, in transformers'
+cache as if computed (not in `generate_batch`, which computes them, off the clock). Each peer has a process of its own,
+so that no OpenMP threads but its own stand in its way.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -21,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -30,7 +36,15 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+)
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.hashing import CacheScope, TenantKeys
@@ -50,7 +64,7 @@ SHORT = (8, 32)
 PREFILL = 1024
 CHUNK = 1024  # tokens of a step
 MOST_FOR_GENERATE_BATCH = 1024  # prompt tokens; it takes minutes beyond, so there only the headline, in a full run
-MANY_TOKENS = 2**15  # a setting with more prompt tokens is measured once, not in every round
+MANY_TOKENS = 2**16  # a setting with more prompt tokens is measured once, not in every round
 
 
 def main() -> None:
@@ -104,16 +118,40 @@ def engine_config(folder: Path, args: argparse.Namespace, dtype: str) -> EngineC
     )  # fmt: skip
 
 
-def load_peer(folder: Path, dtype: str) -> LlamaForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+class Peers:
+    """Transformers in processes of their own: `generate`, `generate_batch`, and a stream that only reads."""
+
+    def __init__(self, folder: Path, dtype: str, threads: int):
+        spawn = multiprocessing.get_context("spawn")
+        self._of = {
+            work: ProcessPoolExecutor(1, spawn, become_peer, (str(folder), dtype, threads))
+            for work in (generate_step_seconds, forward_seconds, generate_batch_tokens_per_s, read_bytes_per_s)
+        }
+        self._of[forward_seconds] = self._of[generate_step_seconds]
+
+    def ask(self, work: Callable[..., float], *args: object) -> float:
+        return self._of[work].submit(work, *args).result()
+
+    def close(self) -> None:
+        for process in self._of.values():
+            process.shutdown()
+
+
+def become_peer(folder: str, dtype: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    peer.append(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval())
+
+
+peer: list[LlamaForCausalLM] = []  # of a peer's process
 
 
 def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[tuple[int, int]]) -> dict[str, float]:
     rng = random.Random(args.seed)
-    peer = alone(load_peer, folder, dtype)
+    peers = Peers(folder, dtype, args.threads)
     config = engine_config(folder, args, dtype)
     model = alone(load_model, config, lambda *_: None)
-    weights = sum(p.numel() * p.element_size() for p in peer.parameters())
+    values = sum(value.numel() for value in load_file(folder / "model.safetensors").values())
+    weights = values * getattr(torch, dtype).itemsize
     rounds = 2 if args.quick else args.rounds
     seen: dict[str, list[float]] = {}
 
@@ -129,17 +167,19 @@ def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[t
         at = f"b{batch}_c{context}"
         for _ in range(rounds if batch * context <= MANY_TOKENS else 1):
             note(f"engine_{at}", batch / engine_step_seconds(model, config, prompts, args.steps))
-            note(f"generate_{at}", batch / alone(generate_step_seconds, peer, prompts, args.steps))
-            note(f"limit_{at}", batch / ((weights + kv) / alone(read_bytes_per_s)))
-        told = ", ".join(f"{who} {median(seen[f'{who}_{at}']):.1f}" for who in ("engine", "generate", "limit"))
-        print(f"{dtype} batch {batch} context {context}, tokens/s: {told}", flush=True)
+            note(f"generate_{at}", batch / peers.ask(generate_step_seconds, prompts, args.steps))
+            note(f"limit_{at}", batch / ((weights + kv) / peers.ask(read_bytes_per_s)))
         short = batch * context <= MOST_FOR_GENERATE_BATCH or (batch, context) == HEADLINE
         if (batch, context) == SHORT or (short and not args.quick):
-            note(f"generate_batch_{at}", alone(generate_batch_tokens_per_s, peer, prompts, args.steps))
+            note(f"generate_batch_{at}", peers.ask(generate_batch_tokens_per_s, prompts, args.steps))
+        names = [f"{who}_{at}" for who in ("engine", "generate", "generate_batch", "limit")]
+        told = ", ".join(f"{name.rpartition('_b')[0]} {median(seen[name]):.1f}" for name in names if name in seen)
+        print(f"{dtype} batch {batch} context {context}, tokens/s: {told}", flush=True)
     some = prompt(PREFILL)
     for _ in range(2 * rounds + 1):
         note("prefill_engine_s", prefill_seconds(model, config, some))
-        note("prefill_transformers_s", alone(forward_seconds, peer, some))
+        note("prefill_transformers_s", peers.ask(forward_seconds, some))
+    peers.close()
     return summarise(seen, settings)
 
 
@@ -168,15 +208,17 @@ def summarise(seen: dict[str, list[float]], settings: list[tuple[int, int]]) -> 
 
 
 async def drive(
-    engine: Engine, model: LoadedModel, prompts: list[list[int]], new_tokens: int, told: bool = True
+    engine: Engine, prompts: list[list[int]], new_tokens: int, told: bool = True, there: bool = False
 ) -> list[list[float]]:
-    """Generate for all prompts at once; the moment of each token, by prompt, if they are to be `told`."""
+    """Generate for all prompts at once; the moment of each token, by prompt, if they are to be `told`. `there`: their
+    KV is in the pool, whatever it holds."""
     keys = TenantKeys.derive(secrets.token_bytes(32), "bench", secrets.token_bytes(32))
-    scope = CacheScope(keys, model.fingerprint, model.layout)
+    scope = CacheScope(keys, engine.model.fingerprint, engine.model.layout)
     params = SamplingParams(max_tokens=new_tokens, temperature=0)
 
-    async def nothing_stored(_: Sequence) -> None:
-        return
+    async def restore(seq: Sequence) -> None:
+        if there:
+            seq.num_computed = seq.reuse_cap * seq.block_size
 
     async def one(prompt: list[int]) -> list[float]:
         moments: list[float] = []
@@ -186,7 +228,7 @@ async def drive(
                 moments.append(time.perf_counter())
 
         seq = engine.new_sequence("bench", scope, prompt, len(prompt), params, new_tokens)
-        await engine.generate(seq, nothing_stored, take if told else lambda event: None)
+        await engine.generate(seq, restore, take if told else lambda event: None)
         return moments
 
     loop = asyncio.create_task(engine.run())
@@ -197,10 +239,13 @@ async def drive(
 
 
 def engine_step_seconds(model: LoadedModel, config: EngineConfig, prompts: list[list[int]], steps: int) -> float:
-    """Median step with all prompts decoding. Until the last one is computed the first ones decode already, a token a
-    step, so that they get as many tokens more as there are such steps."""
-    computing = sum(len(prompt) for prompt in prompts) // CHUNK + len(prompts) + 2
-    moments = asyncio.run(drive(Engine(model, config), model, prompts, steps + computing))
+    """Median step with all prompts decoding."""
+    engine = Engine(model, config)
+    blocks = len(prompts) * (-(-len(prompts[0]) // config.block_size))
+    for some in engine.memory.tensor[: blocks + len(prompts)].split(256):
+        some.normal_()
+    extra = 4  # a step may compute some prompts' last tokens only
+    moments = asyncio.run(drive(engine, prompts, steps + extra, there=True))
     begun, ended = max(row[0] for row in moments), min(row[-1] for row in moments)
     own = [m for m in moments[-1] if begun <= m <= ended]
     assert len(own) > steps, "all prompts decode for as many steps as are measured"
@@ -211,7 +256,7 @@ def prefill_seconds(model: LoadedModel, config: EngineConfig, prompt: list[int])
     engine = Engine(model, config)
     engine.memory.tensor[: 2 * len(prompt) // config.block_size].zero_()  # else the system clears it, page by page
     started = time.perf_counter()
-    return asyncio.run(drive(engine, model, [prompt], 1))[0][0] - started
+    return asyncio.run(drive(engine, [prompt], 1))[0][0] - started
 
 
 class Moments(LogitsProcessor):
@@ -226,32 +271,36 @@ class Moments(LogitsProcessor):
 
 
 @torch.inference_mode()
-def generate_step_seconds(peer: LlamaForCausalLM, prompts: list[list[int]], steps: int) -> float:
-    moments = Moments()
-    tokens = torch.tensor(prompts)
-    peer.generate(
+def generate_step_seconds(prompts: list[list[int]], steps: int) -> float:
+    model, moments, tokens = peer[0], Moments(), torch.tensor(prompts)
+    config, there = model.config, DynamicCache(config=model.config)
+    for layer in range(config.num_hidden_layers):
+        shape = (len(prompts), config.num_key_value_heads, tokens.shape[1] - 1, config.head_dim)
+        there.update(*(torch.randn(shape, dtype=model.dtype) for _ in range(2)), layer)
+    model.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps + 1, do_sample=False, pad_token_id=0,
-        logits_processor=[moments],
+        logits_processor=[moments], past_key_values=there,
     )  # fmt: skip
+    assert len(moments.at) == steps + 1
     return median(late - early for early, late in pairwise(moments.at))
 
 
-def generate_batch_tokens_per_s(peer: LlamaForCausalLM, prompts: list[list[int]], steps: int) -> float:
+def generate_batch_tokens_per_s(prompts: list[list[int]], steps: int) -> float:
     """Tokens a second between a short and a longer call: neither its start nor its prefill counts. The first call pays
     for more than its start, and is left out."""
 
     def seconds(new_tokens: int) -> float:
         config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        return timed(lambda: peer.generate_batch(inputs=prompts, generation_config=config, progress_bar=False))
+        return timed(lambda: peer[0].generate_batch(inputs=prompts, generation_config=config, progress_bar=False))
 
     seconds(steps)
     return len(prompts) * 2 * steps / (seconds(3 * steps) - seconds(steps))
 
 
 @torch.inference_mode()
-def forward_seconds(peer: LlamaForCausalLM, prompt: list[int]) -> float:
+def forward_seconds(prompt: list[int]) -> float:
     started = time.perf_counter()
-    peer(torch.tensor([prompt]), logits_to_keep=1)
+    peer[0](torch.tensor([prompt]), logits_to_keep=1)
     return time.perf_counter() - started
 
 
@@ -297,7 +346,7 @@ def scheduler_us(model: LoadedModel, config: EngineConfig, running: int, vocab: 
 
     engine._runner.execute = timed_execute
     prompts = [[i % VOCAB + 1] * 4 for i in range(running)]
-    asyncio.run(drive(engine, model, prompts, steps, told=False))
+    asyncio.run(drive(engine, prompts, steps, told=False))
     steps_us = [
         (later - earlier + beside) * 1e6 for (earlier, later), beside in zip(pairwise(loop_at), spent, strict=False)
     ]
