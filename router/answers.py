@@ -40,6 +40,70 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
 
 
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    object: str = "list"
+    data: list[Model]
+
+
+class ErrorFields(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    error: ErrorFields
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    """What is always there; `Answer` adds what was asked for."""
+
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: str
+    stop_reason: str | int | None
+
+
+class Said(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+    refusal: None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """What is always there; `Answer` adds what was asked for."""
+
+    index: int
+    message: Said
+    logprobs: dict[str, Any] | None
+    finish_reason: str
+    stop_reason: str | int | None
+
+
+class CompletionAnswer(msgspec.Struct, frozen=True):
+    """An answer that is not streamed."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class ChatAnswer(msgspec.Struct, frozen=True):
+    """An answer that is not streamed."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
 class Answer:
     """The bodies of one request's answer. `include_usage`: whether a stream's chunks have a `usage` field, null in
     all but the one that `usage_chunk` makes. `logprobs`: what is told of tokens, in the API's shape; None where it was
@@ -193,17 +257,12 @@ def encoded(value: object) -> bytes:
 
 
 def models_list(models: Sequence[Model]) -> bytes:
-    return msgspec.json.encode({"object": "list", "data": models})
+    return msgspec.json.encode(ModelList(data=list(models)))
 
 
 def error_body(error: BaseException) -> bytes:
     """OpenAI's error shape. An exception that is not ours is a bug, and its text stays in the log."""
     outcome = outcome_of(error)
     message = str(error) if isinstance(error, KvferryError) else "internal error; the log has the cause"
-    fields = {
-        "message": message,
-        "type": outcome.kind,
-        "param": getattr(error, "param", None) if isinstance(error, KvferryError) else None,
-        "code": outcome.code,
-    }
-    return msgspec.json.encode({"error": fields})
+    param = getattr(error, "param", None) if isinstance(error, KvferryError) else None
+    return msgspec.json.encode(ErrorAnswer(ErrorFields(message, outcome.kind, param, outcome.code)))

@@ -55,12 +55,12 @@ class _Nothing(dict[str, str]):
         return
 
 
-def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str = "prompt") -> None:
     """Raise InvalidRequest for an empty prompt or an id that the model has no embedding for."""
     if not token_ids:
-        raise InvalidRequest("the prompt has no tokens", "prompt")
+        raise InvalidRequest("the prompt has no tokens", field)
     if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-        raise InvalidRequest(f"the prompt has a token id outside of the model's vocabulary of {vocab_size}", "prompt")
+        raise InvalidRequest(f"{field} has a token id outside of the model's vocabulary of {vocab_size}", field)
 
 
 @dataclass(frozen=True, slots=True)

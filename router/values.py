@@ -91,7 +91,7 @@ def rules(limits: Limits) -> dict[str, Rule]:
                 "maxProperties": limits.logit_bias,
             },
         ),
-        "logprobs": likeliest,
+        "logprobs": Rule(likeliest.sentence, {"anyOf": [likeliest.schema, {"const": False}]}),
         "top_logprobs": likeliest,
         "prompt_logprobs": likeliest,
     }
