@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from kvferry.common.hashing import BlockName, CacheScope
 from kvferry.common.sampling import SamplingParams, TokenLogprobs
 from kvferry.engine.batch import Draw
@@ -172,8 +174,7 @@ class Sequence:
         return "length" if len(self.token_ids) >= self.stop_len else None
 
 
-@dataclass(slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, gc=False):  # made for every token: the cheapest there is
     """What a step did for one sequence: it computed something, and if it chose a token, that is `token`.
 
     `finish_reason` is set with the last token. `prompt_logprobs` are those of the prompt tokens that were scored.

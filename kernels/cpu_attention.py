@@ -14,6 +14,7 @@ from kvferry.kernels.cpu_decode import CpuDecode
 from kvferry.kernels.extend_rows import ExtendRow, extend_rows, mask_of_pieces
 from kvferry.kernels.reference import Ragged, Scoring
 from kvferry.kernels.workspace import Workspace, tiles_of_layer
+from kvferry.kernels.write_kernel import SlotWriter
 
 PIECE = 256  # tokens of a row with a prefix that are attended to at once
 MOST_SCORES = 2**24  # at once, where all are kept (64 MiB)
@@ -40,15 +41,11 @@ class CpuAttention:
         self._pool, self._workspace, self._ragged = pool, workspace, ragged
         self._longest = int(ragged.contexts.max())
         self._rows: dict[tuple[int | None, bool], Rows] = {}
-        block, offset = slot_mapping // self._block_size, slot_mapping % self._block_size
-        first_tile = (block[:, None] * self._kv_heads + torch.arange(self._kv_heads)) * self._layers * 2
-        self._slots = (first_tile * self._block_size + offset[:, None]).flatten()  # vectors of layer 0's keys
+        self._writer = SlotWriter(pool, slot_mapping)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the new tokens' `key` and `value`, `[T, kv_heads, head_dim]` each."""
-        vectors = self._pool.view(-1, self._head_dim)
-        for tile, new in ((2 * layer, key), (2 * layer + 1, value)):
-            vectors[tile * self._block_size :].index_copy_(0, self._slots, new.reshape(-1, self._head_dim))
+        self._writer.write(layer, key, value)
 
     def attend(self, layer: int, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """`query[T, H, head_dim]` -> the same shape: each token over its row's context up to itself, as

@@ -56,9 +56,9 @@ class Kernel:
             self._compiled = cfunc(signature, fastmath=FAST)(function)
         self._address = self._compiled.address
 
-    def run(self, record: np.ndarray) -> None:
-        """Call it on as many threads as torch uses here, and wait for all of them."""
-        _openmp.GOMP_parallel(self._address, record.ctypes.data, torch.get_num_threads(), 0)
+    def run(self, record: np.ndarray, most_threads: int | None = None) -> None:
+        """Call it on as many threads as torch uses here, or fewer, and wait for all of them."""
+        _openmp.GOMP_parallel(self._address, record.ctypes.data, most_threads or torch.get_num_threads(), 0)
 
 
 def pointer_to(element: types.Type) -> Callable[[int], object]:

@@ -46,7 +46,6 @@ class Sampler:
         self._ready: Ready | None = None
         self._buffers = torch.empty(0, dtype=torch.int64)
 
-    @torch.inference_mode()
     def sample(self, logits: torch.Tensor, draws: list[Draw]) -> Sampled:
         """`logits[D, vocab]`, of any float dtype and without NaN, one row a draw. They are not changed."""
         if self._ready is None or not self._ready.is_for(draws, logits):
@@ -68,7 +67,6 @@ class Sampler:
         tokens = best.tolist()
         return Sampled(tokens, _told(logits, tokens, ready) if ready.told else None)
 
-    @torch.inference_mode()
     def score(self, logits: torch.Tensor, token_ids: list[int], top: int) -> list[TokenLogprobs]:
         """What is told of `token_ids[K]` by `logits[K, vocab]`, each with the `top` likeliest tokens beside it."""
         return tell(logits, token_ids, [top] * len(token_ids))

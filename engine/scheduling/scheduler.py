@@ -150,10 +150,11 @@ class Scheduler:
         if self._step is not None:
             raise AssertionError("a step is in flight")
         rows, chunks = self._choose()
+        before = self.num_preemptions
         self._reach(rows, chunks)
-        if not all(seq.status is Status.RUNNING for seq in rows.seqs):
+        if self.num_preemptions > before:
             rows = Rows([seq for seq in rows.seqs if seq.status is Status.RUNNING])
-        chunks = [(seq, end) for seq, end in chunks if seq.status is Status.RUNNING]
+            chunks = [(seq, end) for seq, end in chunks if seq.status is Status.RUNNING]
         if not rows.seqs and not chunks:
             self._tables.copies_are_made()
             return None
