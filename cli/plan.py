@@ -103,11 +103,9 @@ def with_model(plan: Plan, found: Found) -> Plan:
 def stages(plan: Plan, command: Sequence[str]) -> list[list[ChildSpec]]:
     """The processes, in the order of their start. `command`: how this program is called."""
 
-    def child(
-        role: str, name: str, configs: Mapping[str, Any], extra: Sequence[str], restart: bool = True
-    ) -> ChildSpec:
+    def child(role: str, name: str, configs: Mapping[str, Any], extra: Sequence[str]) -> ChildSpec:
         arguments = FLAGS[role].arguments({"": plan.logs, **configs})
-        return ChildSpec(name, (*command, role, *arguments, *extra), restart)
+        return ChildSpec(name, (*command, role, *arguments, *extra), restart=role != "router")
 
     def workers(role: str, configs: Sequence[WorkerConfig], extra: Sequence[str]) -> list[ChildSpec]:
         return [child(role, f"{role}-{i}", {role: one, "engine": one.engine}, extra) for i, one in enumerate(configs)]

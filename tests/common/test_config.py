@@ -104,6 +104,16 @@ def test_configs_are_frozen_and_take_no_unknown_key(kind):
         kind(no_such_setting=1)
 
 
+def test_the_environment_is_ours_or_not(monkeypatch):
+    monkeypatch.setenv("KVFERRY_ROUTER_PORT", "1")
+    monkeypatch.setenv("OTHER", "2")
+    assert config.environment()["KVFERRY_ROUTER_PORT"] == "1"
+    assert "OTHER" not in config.environment()
+    foreign = config.foreign_environment()
+    assert foreign["OTHER"] == "2"
+    assert not [name for name in foreign if name.startswith("KVFERRY_")]
+
+
 def test_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     assert cache_dir() == tmp_path / "x" / "kvferry"
