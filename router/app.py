@@ -25,7 +25,7 @@ from kvferry.router.nodes import Nodes
 from kvferry.router.openai import Kind, parse_request
 from kvferry.router.openapi import openapi
 from kvferry.router.placement import least_loaded
-from kvferry.router.quota import Quotas
+from kvferry.router.quota import Grant, Quotas
 from kvferry.router.sse import send_json
 from kvferry.router.tenants import LiveTenants, Tenant, Tenants
 from kvferry.router.text import Tokenizer, load_tokenizer
@@ -143,19 +143,19 @@ class Front:
         return as_json(served[0])
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
-        self._authenticate(request)
-        asked = parse_tokenize(await read_body(request, self._limits), self._limits)
-        self._check_model(asked.model)
-        model = await self._flow.ready_model(self._config.node_wait_s)
-        told = await tokenize(asked, self._tokenizer, model.max_model_len, self._limits)
-        return await self._send(request, told)
+        with self._admit(request)[1]:
+            asked = parse_tokenize(await read_body(request, self._limits), self._limits)
+            self._check_model(asked.model)
+            model = await self._flow.ready_model(self._config.node_wait_s)
+            told = await tokenize(asked, self._tokenizer, model.max_model_len, self._limits)
+            return await self._send(request, told)
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
-        self._authenticate(request)
-        asked = parse_detokenize(await read_body(request, self._limits), self._limits)
-        self._check_model(asked.model)
-        model = await self._flow.ready_model(self._config.node_wait_s)
-        return await self._send(request, detokenize(asked, self._tokenizer, model.vocab_size))
+        with self._admit(request)[1]:
+            asked = parse_detokenize(await read_body(request, self._limits), self._limits)
+            self._check_model(asked.model)
+            model = await self._flow.ready_model(self._config.node_wait_s)
+            return await self._send(request, detokenize(asked, self._tokenizer, model.vocab_size))
 
     async def _openapi(self, request: web.Request) -> web.StreamResponse:
         return await self._send(request, openapi(self._limits))
@@ -178,10 +178,15 @@ class Front:
     def _authenticate(self, request: web.Request) -> Tenant:
         return self._tenants.authenticate(request.headers.get("Authorization"))
 
-    async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
+    def _admit(self, request: web.Request) -> tuple[Tenant, Grant]:
+        """Who asks, and the request counted, before anything is done for it. Who gets the grant closes it."""
         tenant = self._authenticate(request)
         quota = request["quota"] = self._quotas.of(tenant.name, tenant.limits)
-        with quota.admit() as grant:
+        return tenant, quota.admit()
+
+    async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
+        tenant, grant = self._admit(request)
+        with grant:
             body = await read_body(request, self._limits)
             asked = parse_request(kind, body, self._limits, self._defaults)
             self._check_model(asked.model)

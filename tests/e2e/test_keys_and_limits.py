@@ -210,6 +210,19 @@ def test_requests_a_minute(house):
     until(lambda: house.post(key, [5], max_tokens=1).status_code == 200, SOON_S, "without a limit")
 
 
+def test_whatever_costs_work_counts_as_a_request(house):
+    key = house.make("counted", requests_per_minute=4)
+    asks = [("/v1/models", None), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]}),
+            ("/v1/completions", {"no": 1}), ("/v1/chat/completions", {}), ("/tokenize", {"prompt": "a"})]  # fmt: skip
+    answers = [
+        house.cluster.http.request("POST" if body is not None else "GET", path, json=body, headers=credential(key))
+        for path, body in asks
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 400, 400, 429]
+    left = [answer.headers.get("x-ratelimit-remaining-requests") for answer in answers]
+    assert left == [None, "3", "2", "1", "0", "0"]
+
+
 def test_requests_at_once(house, prompts):
     key = house.make("two", concurrent_requests=2)
     with house.stream(key, prompts.tokens(20)) as first, house.stream(key, prompts.tokens(20)) as second:
@@ -316,6 +329,7 @@ def test_a_tenant_of_more_weight_goes_first_more_often(own, folder, prompts):
     assert len(done) == 24
     last = max(at for at, key in enumerate(done) if key == heavy)
     assert done[:last].count(light) <= 6, "twelve is what equal weights would give"
+    house.cluster.stop()
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------
