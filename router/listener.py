@@ -11,7 +11,7 @@ from kvferry.router.limits import Limits
 from kvferry.router.refusals import error_response
 
 LAST_WORDS_S = 0.5  # for answers that say that the server stops
-LINGER_S = 5.0  # what is left of a refused request's body is read and dropped for so long, so that the answer is seen
+LINGER_S = 2.0  # what is left of a refused request's body is read and dropped for so long, so that the answer is seen
 MAX_HEADERS = 128
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from aiohttp import ClientSession, web
 
-from kvferry.router.sse import EventStream
+from kvferry.router.sse import PIECE_BYTES, EventStream, send_json
 
 
 async def serve(handler):
@@ -92,6 +92,54 @@ def test_slow_reader_holds_the_writer_and_one_that_goes_ends_it():
         with pytest.raises(ConnectionResetError):
             raise await asyncio.wait_for(ended, 5)
         await session.close()
+        await runner.cleanup()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_reader_that_reads_nothing_is_dropped(whole):
+    """Before all is sent, and without more of it in memory than the connection's buffer holds."""
+
+    async def scenario():
+        ended = asyncio.get_running_loop().create_future()
+        sent = 0
+
+        async def handler(request):
+            nonlocal sent
+            stream = EventStream(request, 0.2)
+            try:
+                if whole:
+                    return await send_json(request, b"x" * 2**27, 0.2, {})
+                while True:
+                    await stream.data(b"x" * 65536)
+                    sent += 65536
+            except ConnectionResetError as error:
+                ended.set_result((error, request.transport))
+                raise
+
+        runner, url = await serve(handler)
+        async with ClientSession() as session, session.get(url):
+            error, transport = await asyncio.wait_for(ended, 10)
+            assert "read nothing for 0.2 s" in str(error)
+            assert transport is None or transport.is_closing()
+            assert sent < 64 * 2**20
+        await runner.cleanup()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 5 * PIECE_BYTES + 7])
+def test_a_whole_answer_of_any_size(size):
+    async def scenario():
+        async def handler(request):
+            return await send_json(request, b"x" * size, 5, {"X-Request-Id": "r1"})
+
+        runner, url = await serve(handler)
+        async with ClientSession() as session, session.get(url) as response:
+            assert await response.read() == b"x" * size
+            assert (response.content_type, response.headers["X-Request-Id"]) == ("application/json", "r1")
+            assert int(response.headers["Content-Length"]) == size
         await runner.cleanup()
 
     asyncio.run(scenario())
