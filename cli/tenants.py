@@ -49,8 +49,11 @@ def erase(
     tenants_file: TenantsPath,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Destroy TENANT's salt, and its keys with it. Without the salt nobody can find or open its cached blocks again,
-    also not a tenant that is made under the same name. A copy of the file undoes that: destroy copies too."""
+    """Destroy TENANT's salt, its keys and its limits.
+
+    Without the salt nobody can find or open its cached blocks again, also not a tenant that is made under the same
+    name. A copy of the file would undo that: destroy copies too.
+    """
     from kvferry.common.errors import ConfigError
     from kvferry.router.tenants_file import read_file, without_tenant, write_file
 
