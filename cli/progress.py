@@ -15,7 +15,9 @@ def display(logs: LogConfig) -> "Bars | Lines":
 
 
 class Lines:
-    """One line when a stage begins and one when a process is ready."""
+    """One line when a stage begins and one when a process is ready. Children write their own to the same stderr."""
+
+    tell = None
 
     def __init__(self) -> None:
         self._shown: set[tuple[str, str]] = set()
@@ -55,6 +57,10 @@ class Bars:
     def plan(self, lines: Sequence[str]) -> None:
         for line in lines:
             self._progress.console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+    def tell(self, line: str) -> None:
+        """A line of a child's log, above the bars."""
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, name: str, note: Note) -> None:
         if not note.stage:

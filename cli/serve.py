@@ -41,6 +41,8 @@ def serve(settings: Settings, parent: Parent) -> None:
         found = find(engine.model, engine.revision, lambda done, total: shown.show("demo", making(done, total)))
         check_memory(found, plan.engines, plan.store.size_bytes)
         plan = with_ports(with_model(plan, found))
+        if shown.tell:  # children write to a pipe, and a terminal shows it
+            plan = replace(plan, logs=replace(plan.logs, log_format="text"))
         shown.plan(lines(plan, found.weight_bytes(engine.dtype)))
         command = (sys.executable, os.path.abspath(sys.argv[0]))
         asyncio.run(_serve(stages(plan, command), plan, shown))
@@ -89,4 +91,4 @@ async def _serve(processes: Sequence[Sequence[ChildSpec]], plan: Plan, shown: Ba
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
-    await Supervisor(processes, shown.show, MonotonicClock()).run(stop, hurry, on_ready)
+    await Supervisor(processes, shown.show, MonotonicClock(), shown.tell).run(stop, hurry, on_ready)

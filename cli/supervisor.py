@@ -21,6 +21,9 @@ STEADY_S = 30.0  # who lived so long starts again with the first backoff
 MAX_FAILURES = 5
 FRONT_STOP_S = 2.0  # the front may finish what is under way, while the others still serve it
 REST_STOP_S = 2.5
+LAST_LINES_S = 0.5  # what an ended process wrote is there; somebody who inherited its stderr may hold it open
+
+Tell = Callable[[str], None] | None
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +46,12 @@ def backoff_s(failures: int) -> float:
 class Child:
     """One process at a time, in a process group of its own so that a terminal's Ctrl-C does not reach it."""
 
-    def __init__(self, spec: ChildSpec, report: Callable[[str, Note], None]):
+    def __init__(self, spec: ChildSpec, report: Callable[[str, Note], None], tell: Tell):
         self.spec = spec
         self.was_ready = asyncio.Event()
-        self._report = report
+        self._report, self._tell = report, tell
         self._process: asyncio.subprocess.Process | None = None
+        self._telling: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -67,6 +71,7 @@ class Child:
                 *self.spec.argv,
                 *("--notify-fd", str(write_end), "--parent-pid", str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE if self._tell else None,
                 pass_fds=(write_end,),
                 env=foreign_environment(),
                 process_group=0,
@@ -76,6 +81,8 @@ class Child:
             raise
         finally:
             os.close(write_end)
+        if self._tell:
+            self._telling = asyncio.create_task(tell_lines(self._process.stderr, self._tell))
         if not (sentence := await self._listen(read_end)):
             self.was_ready.set()
             return
@@ -105,6 +112,8 @@ class Child:
     async def ended(self) -> str:
         """Wait for the end; how it ended, as a verb."""
         code = await self._process.wait()
+        if self._telling:
+            await asyncio.wait({self._telling}, timeout=LAST_LINES_S)
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def signal(self, number: signal.Signals) -> None:
@@ -119,8 +128,16 @@ class Child:
 class Supervisor:
     """Keeps `stages` of processes: those of one start together, after those before them are ready."""
 
-    def __init__(self, stages: Sequence[Sequence[ChildSpec]], report: Callable[[str, Note], None], clock: Clock):
-        self._stages = [[Child(spec, report) for spec in stage] for stage in stages]
+    def __init__(
+        self,
+        stages: Sequence[Sequence[ChildSpec]],
+        report: Callable[[str, Note], None],
+        clock: Clock,
+        tell: Tell = None,
+    ):
+        """`report` gets what a child says of its start, `tell` each line that it writes to stderr; without `tell` it
+        writes to ours."""
+        self._stages = [[Child(spec, report, tell) for spec in stage] for stage in stages]
         self._children = [child for stage in self._stages for child in stage]
         self._clock = clock
 
@@ -194,6 +211,17 @@ class Supervisor:
                 log.warning("%s does not end; it is killed", child.spec.name)
             child.signal(signal.SIGKILL)
         await _gone(self._children, None, asyncio.Event())
+
+
+async def tell_lines(stream: asyncio.StreamReader, tell: Callable[[str], None]) -> None:
+    """Each line of a stream, however long, until its end."""
+    begun = b""
+    while piece := await stream.read(2**16):
+        *whole, begun = (begun + piece).split(b"\n")
+        for line in whole:
+            tell(line.decode(errors="replace"))
+    if begun:
+        tell(begun.decode(errors="replace"))
 
 
 async def _gone(children: Sequence[Child], patience_s: float | None, hurry: asyncio.Event) -> None:

@@ -212,3 +212,19 @@ def test_stop_during_the_start(tmp_path):
 def test_backoff(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.2)
     assert [backoff_s(n) for n in range(1, 8)] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+
+def test_lines_of_a_child_are_told_whole():
+    """However they arrive: in pieces, many at once, longer than any buffer, without an end."""
+
+    async def scenario():
+        stream, told = asyncio.StreamReader(limit=16), []
+        telling = asyncio.create_task(supervisor.tell_lines(stream, told.append))
+        for piece in (b"one\ntw", b"o\n\n", b"x" * 200_000, b"\n", "ü".encode()[:1]):
+            stream.feed_data(piece)
+            await asyncio.sleep(0)
+        stream.feed_eof()
+        await telling
+        assert told == ["one", "two", "", "x" * 200_000, "\ufffd"]
+
+    asyncio.run(scenario())
