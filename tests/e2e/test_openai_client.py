@@ -73,6 +73,32 @@ def test_a_stop_string_ends_it(client, model, prompts):
     assert cut.choices[0].text == whole[: whole.index(stop)]
 
 
+def test_a_stop_string_across_chunks(client, model, prompts):
+    """Nothing of it is sent, however the tokens come; why it ended is told."""
+    prompt = prompts.tokens(70)
+    whole = client.completions.create(model=model, prompt=prompt, max_tokens=20, **GREEDY).choices[0].text
+    stop = whole[6:11]
+    assert whole.index(stop) == 6
+    for included in (False, True):
+        extra = {"extra_body": GREEDY["extra_body"] | {"include_stop_str_in_output": included}, "temperature": 0}
+        chunks = list(
+            client.completions.create(model=model, prompt=prompt, max_tokens=20, stop=stop, stream=True, **extra)
+        )
+        end = whole.index(stop) + (len(stop) if included else 0)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole[:end]
+        assert (chunks[-1].choices[0].finish_reason, chunks[-1].choices[0].stop_reason) == ("stop", stop)
+
+
+def test_min_tokens_before_a_stop_string(client, model, prompts):
+    prompt = prompts.tokens(70)
+    whole = client.completions.create(model=model, prompt=prompt, max_tokens=20, **GREEDY).choices[0].text
+    extra = {"extra_body": GREEDY["extra_body"] | {"min_tokens": 12}, "temperature": 0}
+    stops = list(set(whole[:13]))
+    cut = client.completions.create(model=model, prompt=prompt, max_tokens=20, stop=stops, **extra)
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (whole[:12], "stop")
+    assert cut.usage.completion_tokens == 13
+
+
 async def ask_without_reading(client: openai.AsyncOpenAI, model: str) -> list[str]:
     texts = []
     async for chunk in await client.completions.create(model=model, prompt="Hello", stream=True, max_tokens=5):
