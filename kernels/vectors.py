@@ -121,8 +121,11 @@ class Writer:
         return self.builder.shuffle_vector(a, b, mask)
 
     def totals(self, vectors: list[ir.Value]) -> ir.Value:
-        """The sum of each vector's lanes, as one vector with a lane a sum. Their number is a power of two up to
-        `width`. Halves are added to halves, of two vectors at once for as long as there are two."""
+        """The sum of each vector's lanes, as one vector with a lane a sum; their number is a power of two. Halves are
+        added to halves, of two vectors at once for as long as there are two."""
+        if len(vectors) > self.width:
+            middle = len(vectors) // 2
+            return self.shuffle(self.totals(vectors[:middle]), self.totals(vectors[middle:]), list(range(len(vectors))))
         groups, lanes_each = 1, self.width  # a vector holds so many sums, in so many lanes each
         while lanes_each > 1:
             half = lanes_each // 2
