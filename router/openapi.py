@@ -33,6 +33,11 @@ ASKED = {
 }
 ANSWERS = (CompletionAnswer, ChatAnswer, ErrorAnswer, Model, ModelList, Tokenized, Detokenized)
 ANYBODY = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
+EVENT = {  # of a stream: a chunk as JSON, then `[DONE]`, or an ErrorAnswer in its place
+    "type": "object",
+    "properties": {"event": {"enum": ["message", "error"]}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 POSTED = (413, 408)
 
 
@@ -88,7 +93,7 @@ def _paths() -> Schema:
     }
     paths: Schema = {}
     for path, (name, body, answer) in generating.items():
-        content = _json(answer) | {"text/event-stream": {"schema": {"type": "string"}}}
+        content = _json(answer) | {"text/event-stream": {"schema": EVENT}}
         paths[path] = {"post": _operation(name, content, body, 401, 404, 429, 500, 503, 504)}
     paths["/tokenize"] = {"post": _operation("tokenize", _json("Tokenized"), "TokenizeBody", 401, 404, 503)}
     paths["/detokenize"] = {"post": _operation("detokenize", _json("Detokenized"), "DetokenizeBody", 401, 404, 503)}
