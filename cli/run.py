@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -45,7 +46,8 @@ def plain_errors(command: str, notifier: Notifier | None = None) -> Iterator[Non
 
 
 def run_role(role: str, parent: Parent, start: Start) -> None:
-    """Run `start` until it returns; SIGTERM and SIGINT set the event it is given. Raises KvferryError."""
+    """Run `start` until it returns, then end the process; SIGTERM and SIGINT set the event it is given. Raises
+    KvferryError."""
     try:
         asyncio.run(_until_stopped(parent.notifier, start))
     except KvferryError:
@@ -53,6 +55,9 @@ def run_role(role: str, parent: Parent, start: Start) -> None:
     except Exception as error:
         log.exception("%s ends: this is a bug", role)
         raise Internal(f"{role} met an error that it did not expect; its log has the cause") from error
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # all is closed; to take torch's modules apart would only keep who waits for our end waiting
 
 
 async def _until_stopped(notifier: Notifier, start: Start) -> None:
