@@ -7,12 +7,14 @@ a place for it, so that it is made once a machine.
 """
 
 import ctypes
+import hashlib
 import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import llvmlite.binding
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -23,6 +25,18 @@ from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 log = logging.getLogger(__name__)
+
+
+def keep_apart() -> None:
+    """Have numba keep what it compiles under a name made of all sources here. Its own check is the age of the file that
+    a kernel stands in, but a kernel is made of several. Where that folder cannot be written, numba knows others."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
+    folder = numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__"
+    numba.config.CACHE_DIR = str(Path(folder) / f"kernels-{digest}")
+
+
+keep_apart()
 
 # Sums are taken in any order, but NaN and infinity stay what they are: a row that is broken must be seen to be.
 FAST = {"reassoc", "contract", "nsz", "arcp"}

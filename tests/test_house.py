@@ -24,7 +24,19 @@ MAY_IMPORT = {
 }
 KERNELS_STAND_ON = {
     *("torch", "triton", "numpy", "numba", "llvmlite"),
-    *("math", "dataclasses", "typing", "collections", "enum", "functools", "itertools", "ctypes", "logging", "pathlib"),
+    *(
+        "math",
+        "dataclasses",
+        "typing",
+        "collections",
+        "enum",
+        "functools",
+        "itertools",
+        "ctypes",
+        "hashlib",
+        "logging",
+        "pathlib",
+    ),
 }
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"torch.load", "torch.save", "numpy.load", "np.load"}
