@@ -62,4 +62,4 @@ if __name__ == "__main__":
     spoil_pulls()
     if sys.argv[1] == "decode":
         spoil_positions()
-    app()
+    sys.exit(app())
