@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from functools import partial
 from importlib.metadata import version
 
 from aiohttp import web
@@ -105,8 +106,8 @@ class Front:
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[guard(self._limits, self._metrics)], client_max_size=self._limits.body_bytes)
-        app.router.add_post("/v1/completions", lambda request: self._generate(request, "completion"))
-        app.router.add_post("/v1/chat/completions", lambda request: self._generate(request, "chat"))
+        app.router.add_post("/v1/completions", partial(self._generate, kind="completion"))
+        app.router.add_post("/v1/chat/completions", partial(self._generate, kind="chat"))
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{id:.+}", self._model)
         app.router.add_post("/tokenize", self._tokenize)

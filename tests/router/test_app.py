@@ -1,0 +1,126 @@
+"""The front by itself: what it says of workers that are there or not, and how a request that took too long ends."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from aiohttp import ClientSession
+
+from kvferry.cli.demo_model import byte_tokenizer
+from kvferry.common.clock import ManualClock
+from kvferry.common.config import RouterConfig
+from kvferry.common.errors import DeadlineExceeded, Overloaded
+from kvferry.common.hashing import TenantKeys
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.sampling import SamplingParams
+from kvferry.router import flow as flow_module
+from kvferry.router.accounting import Metrics, Record
+from kvferry.router.app import Front
+from kvferry.router.defaults import NO_DEFAULTS
+from kvferry.router.flow import Flow, Job, Progress
+from kvferry.router.limits import Limits
+from kvferry.router.listener import listen
+from kvferry.router.nodes import Nodes
+from kvferry.router.tenants import LiveTenants
+from kvferry.router.text import Tokenizer
+
+CONFIG = RouterConfig(
+    model="m", served_model_name="name", prefill=("127.0.0.1:1",), decode=("127.0.0.1:2",), store=Path("s"),
+    node_wait_s=0.01,
+)  # fmt: skip
+LAYOUT = pb.Layout(kv_heads=1, layers=1, block_size=16, head_dim=8, dtype="float32")
+UP = pb.WorkerStatus(fingerprint=b"f" * 32, layout=LAYOUT, vocab_size=264, max_model_len=64, total_blocks=9)
+
+
+def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]]) -> None:
+    """A front over nodes that nobody watches."""
+
+    async def main() -> None:
+        nodes, metrics, clock = Nodes(CONFIG.prefill, CONFIG.decode), Metrics(), ManualClock()
+        flow = Flow(CONFIG, nodes, None, metrics, clock)
+        tokenizer = Tokenizer(byte_tokenizer())
+        front = Front(CONFIG, Limits(), NO_DEFAULTS, LiveTenants(None), tokenizer, nodes, flow, metrics)
+        runner = await listen(front.app(), "127.0.0.1", 0, Limits())
+        async with ClientSession() as session:
+            await use(nodes, session, f"http://127.0.0.1:{runner.addresses[0][1]}")
+        await runner.cleanup()
+        await nodes.close()
+        tokenizer.close()
+
+    asyncio.run(main())
+
+
+def test_ready_is_who_has_a_decode_worker():
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        (prefill,), (decode,) = nodes.prefill, nodes.decode
+        for prefill.status, decode.status, status, told in (
+            (None, None, 503, "no decode node is ready"),
+            (UP, None, 503, "no decode node is ready"),
+            (None, UP, 200, "no prefill node is ready for a decode node"),
+            (UP, UP, 200, None),
+        ):
+            async with session.get(f"{url}/ready") as answer:
+                body = await answer.json()
+                assert answer.status == status
+                assert ("Retry-After" in answer.headers) == (status == 503)
+                assert (body["error"]["message"] if status == 503 else body.get("missing")) == told
+
+    with_front(use)
+
+
+def test_models_are_those_that_are_up():
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        async with session.get(f"{url}/v1/models") as answer:
+            assert (await answer.json())["data"] == []
+        async with session.get(f"{url}/v1/models/name") as answer:
+            assert (answer.status, "Retry-After" in answer.headers) == (503, True)
+        asked = {"model": "name", "prompt": "a"}
+        for path in ("/v1/completions", "/tokenize"):
+            async with session.post(url + path, data=json.dumps(asked)) as answer:
+                assert (answer.status, "Retry-After" in answer.headers) == (503, True)
+        nodes.decode[0].status = UP
+        for name in ("name", "m"):
+            async with session.get(f"{url}/v1/models/{name}") as answer:
+                assert (await answer.json())["id"] == "name"
+
+    with_front(use)
+
+
+@pytest.mark.parametrize(("asked_s", "allowed_s"), [(None, 600.0), (5.0, 5.0), (10_000.0, 600.0)])
+def test_a_request_waits_for_its_place_no_longer_than_it_may(asked_s, allowed_s, monkeypatch):
+    """Its own timeout, within the router's."""
+    clock, waited = ManualClock(), []
+
+    class Handover:
+        def __init__(self, *given):
+            pass
+
+        async def open(self, patience_s):
+            waited.append(patience_s)
+            clock.advance(patience_s)
+            raise Overloaded("full")
+
+        async def close(self):
+            return
+
+    class Store:
+        async def lookup(self, names, lease):
+            return SimpleNamespace(blocks=[])
+
+    async def main() -> None:
+        nodes = Nodes((), CONFIG.decode)
+        nodes.decode[0].status = UP
+        monkeypatch.setattr(flow_module, "Handover", Handover)
+        flow = Flow(CONFIG, nodes, Store(), Metrics(), clock)
+        keys = TenantKeys.from_chain_key(b"k" * 32)
+        job = Job("r", keys, "", [1, 2], SamplingParams(), timeout_s=asked_s)
+        late = allowed_s - 3.0
+        with pytest.raises(DeadlineExceeded, match="took longer than it may"):
+            await anext(flow.run(job, Record("r", 2, clock.now() - late), Progress(job)))
+        await nodes.close()
+
+    asyncio.run(main())
+    assert waited == [pytest.approx(3.0)]
