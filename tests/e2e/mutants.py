@@ -1,6 +1,6 @@
 """kvferry with one fault built in, for the tests that the oracle sees faults. Run as the `kvferry` command is.
 
-    KVFERRY_MUTANT=FILE python mutants.py serve MODEL ...
+    MUTANT_OF_KVFERRY=FILE python mutants.py serve MODEL ...
 
 The file holds the name of the fault, or nothing, and is read each time, so that one cluster can have them all in turn.
 `serve` starts its children the way it was started, so they are patched as well.
@@ -16,7 +16,7 @@ import numpy as np
 from kvferry.cli.main import app
 from kvferry.kvstore.client import StoreClient
 
-VARIABLE = "KVFERRY_MUTANT"
+VARIABLE = "MUTANT_OF_KVFERRY"
 SWAPPED, ZEROED = "swapped", "zeroed"  # a block that a worker has pulled and verified
 POSITIONS = "positions"  # decode believes every token to be one further on
 MUTANTS = (SWAPPED, ZEROED, POSITIONS)
