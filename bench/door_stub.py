@@ -1,0 +1,108 @@
+"""Workers that compute nothing: a prefill and a decode node that speak the protocol, for bench/door.py.
+
+    python bench/door_stub.py PREFILL_ADDRESS DECODE_ADDRESS
+
+Two of a request's fields say what decode does: `max_tokens` how many tokens it gives, and `seed` the gap between them
+in microseconds. Streams of the same gap get theirs at the same moments, as from an engine's steps; 0 is as fast as
+it goes. Prefill reports after each chunk of a prompt. Ends when its stdin does.
+"""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvferry.common.block import BlockLayout
+from kvferry.common.config import EngineConfig
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.proto.worker_pb2_grpc import (
+    DecodeServicer,
+    PrefillServicer,
+    add_DecodeServicer_to_server,
+    add_PrefillServicer_to_server,
+)
+from kvferry.common.wire import SERVER_OPTIONS, first_command, layout_to_wire
+
+LAYOUT = BlockLayout(kv_heads=2, layers=2, block_size=16, head_dim=16, dtype="float32")
+CHUNK = EngineConfig.max_num_batched_tokens  # prompt tokens behind each of prefill's reports
+MODEL_LEN = 16384
+VOCAB = 264  # the demo model's
+TOKEN = ord("k")
+STATUS_S = 1.0
+
+
+class Watched:
+    role = ""
+
+    async def Watch(
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WorkerStatus]:
+        while True:
+            yield pb.WorkerStatus(
+                role=self.role, model="stub", fingerprint=bytes(32), layout=layout_to_wire(LAYOUT), vocab_size=VOCAB,
+                max_model_len=MODEL_LEN, free_blocks=2**20, total_blocks=2**20, node=self.role,
+                prefill_tokens_per_s=1e6,
+            )  # fmt: skip
+            await asyncio.sleep(STATUS_S)
+
+
+class Prefill(Watched, PrefillServicer):
+    role = "prefill"
+
+    async def Fill(
+        self, commands: AsyncIterator[pb.FillCommand], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.FillReport]:
+        length = len((await first_command(commands)).open.token_ids)
+        reuse = pb.Reuse(computed_tokens=length)
+        for done in range(CHUNK, length, CHUNK):
+            yield pb.FillReport(committed_blocks=done // LAYOUT.block_size, started=True, reuse=reuse)
+        first = [pb.FirstToken(token_id=TOKEN)]
+        committed = (length - 1) // LAYOUT.block_size
+        yield pb.FillReport(committed_blocks=committed, first_tokens=first, started=True, reuse=reuse, done=True)
+        async for _ in commands:  # until the router has no more use for the blocks
+            pass
+
+
+class Decode(Watched, DecodeServicer):
+    role = "decode"
+
+    async def Continue(
+        self, commands: AsyncIterator[pb.ContinueCommand], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ContinueEvent]:
+        opening = (await first_command(commands)).open
+        given, length = 0, len(opening.sequence.token_ids)
+        yield pb.ContinueEvent(admitted=pb.Admitted())
+        reuse = pb.Reuse(computed_tokens=length)
+        if opening.expects_fill:
+            async for command in commands:
+                given, arrived = len(command.progress.first_tokens), command.progress.committed_blocks
+            reuse = pb.Reuse(host_tokens=arrived * LAYOUT.block_size, computed_tokens=length % LAYOUT.block_size)
+        yield pb.ContinueEvent(restored=pb.Restored(reuse=reuse))
+        wanted, gap = opening.sequence.sampling.max_tokens, opening.sequence.sampling.seed / 1e6
+        for number in range(given, wanted):
+            if number and gap:
+                await next_step(gap)
+            reason = "length" if number == wanted - 1 else ""
+            yield pb.ContinueEvent(tokens=pb.Tokens(token_ids=[TOKEN], finish_reason=reason))
+
+
+async def next_step(gap: float) -> None:
+    """Wait for the next moment that is a whole number of gaps after the clock's zero."""
+    now = asyncio.get_running_loop().time()
+    await asyncio.sleep(gap - now % gap)
+
+
+async def serve(prefill: str, decode: str) -> None:
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    add_PrefillServicer_to_server(Prefill(), server)
+    add_DecodeServicer_to_server(Decode(), server)
+    for address in (prefill, decode):
+        server.add_insecure_port(address)
+    await server.start()
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await server.stop(0)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(*sys.argv[1:]))
