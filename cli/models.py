@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvferry.cli.demo_model import demo_model
+from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 
 DEMO = "demo"
@@ -19,6 +20,16 @@ class Found:
     folder: Path
     name: str
     weight_files: tuple[Path, ...]
+
+    def named(self, engine: EngineConfig) -> EngineConfig:
+        """The engine's configuration with all that is left open of the model: its folder, its name, its tokenizer."""
+        return replace(
+            engine,
+            model=str(self.folder),
+            revision=None,
+            served_model_name=engine.served_model_name or self.name,
+            tokenizer=engine.tokenizer or str(self.folder),
+        )
 
     def weight_bytes(self, dtype: str) -> int:
         """Memory that the weights take in a dtype, or as they are stored for `auto`."""

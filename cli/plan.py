@@ -92,11 +92,9 @@ def with_model(plan: Plan, found: Found) -> Plan:
     """The plan with the model that was found, which all its processes load from the same folder."""
 
     def there(workers: Sequence[WorkerConfig]) -> tuple[WorkerConfig, ...]:
-        folder = str(found.folder)
-        return tuple(replace(one, engine=replace(one.engine, model=folder, revision=None)) for one in workers)
+        return tuple(replace(one, engine=found.named(one.engine)) for one in workers)
 
-    name = plan.router.served_model_name or found.name
-    router = replace(plan.router, model=str(found.folder), revision=None, served_model_name=name)
+    router = replace(plan.router, model=str(found.folder), revision=None)
     return replace(plan, prefill=there(plan.prefill), decode=there(plan.decode), router=router)
 
 
@@ -127,7 +125,7 @@ def lines(plan: Plan, weights: int) -> list[str]:
     engine = plan.engines[0]
     pages = f"{engine.num_blocks} blocks" if engine.num_blocks else size_text(engine.kv_cache_bytes)
     told = [
-        f"model    {plan.router.served_model_name}: {weights / 2**30:.2f} GiB of weights in {engine.model}",
+        f"model    {engine.served_model_name}: {weights / 2**30:.2f} GiB of weights in {engine.model}",
         f"store    {size_text(plan.store.size_bytes)} of KV blocks of {engine.block_size} tokens",
     ]
     for role, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
@@ -140,5 +138,5 @@ def lines(plan: Plan, weights: int) -> list[str]:
 
 def ready_line(plan: Plan) -> str:
     gib = plan.store.size_bytes / 2**30
-    return (f"kvferry is ready: {plan.url}  model {plan.router.served_model_name}  ({len(plan.prefill)} prefill, "
+    return (f"kvferry is ready: {plan.url}  model {plan.engines[0].served_model_name}  ({len(plan.prefill)} prefill, "
             f"{len(plan.decode)} decode, store {gib:.1f} GiB; metrics: {plan.metrics_url})")  # fmt: skip

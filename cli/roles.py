@@ -47,7 +47,7 @@ def worker(role: str) -> Callable[[Settings, Parent], None]:
         checks.check_listen(config.listen, f"the {role} worker")
         found = find(config.engine.model, config.engine.revision, parent.making)
         checks.check_memory(found, [config.engine])
-        config = replace(config, engine=replace(config.engine, model=str(found.folder), revision=None))
+        config = replace(config, engine=found.named(config.engine))
 
         async def start(notifier: Notifier, stop: asyncio.Event) -> None:
             import torch
@@ -77,9 +77,8 @@ def router(settings: Settings, parent: Parent) -> None:
     """Run the router: HTTP in, tokens out."""
     config, limits = settings.of("router"), settings.of("router.limits")
     checks.check_router(config)
-    path, name = resolve(config.model, parent.making)
-    served_model_name = config.served_model_name or name
-    config = replace(config, model=path, served_model_name=served_model_name)
+    if config.model is not None:
+        config = replace(config, model=resolve(config.model, parent.making)[0])
 
     async def start(notifier: Notifier, stop: asyncio.Event) -> None:
         from kvferry.router import app

@@ -128,6 +128,10 @@ class EngineConfig:
 
     model: str = setting("`demo`, a Hugging Face id or a local folder.", example="demo")
     revision: str | None = setting("Branch, tag or commit of a Hugging Face id.", None)
+    served_model_name: str | None = setting("What clients call the model.", None, unset="the model's name")
+    tokenizer: str | None = setting(
+        "Where routers find the tokenizer: a folder on their host or a Hugging Face id.", None, unset="the model's"
+    )
     dtype: str = setting("auto (the checkpoint's), float32, bfloat16 or float16.", "auto")
     device: str = setting("auto, cpu, cuda or cuda:N.", "auto")
     block_size: int = setting("Tokens a KV block; the same for every worker of a store.", 16)
@@ -178,11 +182,12 @@ class WorkerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """The HTTP front. `max_local_prefill`: up to so many uncached prompt tokens are computed by decode itself.
-    `served_model_name` is that of the model where none is given."""
+    """The HTTP front. `max_local_prefill`: up to so many uncached prompt tokens are computed by decode itself."""
 
-    model: str = setting("`demo`, a Hugging Face id or a local folder.", follows="engine.model", example="demo")
-    served_model_name: str | None = setting("What clients call the model.", None, unset="the model's name")
+    model: str | None = setting(
+        "Model whose tokenizer is loaded at the start; those of others are when their workers come.", None,
+        follows="engine.model", unset="none",
+    )  # fmt: skip
     prefill: tuple[str, ...] = setting("Address of a prefill worker; may be repeated.", (), metavar="ADDRESS")
     decode: tuple[str, ...] = setting(
         "Address of a decode worker; may be repeated.", metavar="ADDRESS", example="unix:/run/kvferry/worker"

@@ -159,6 +159,8 @@ class Worker:
             node=self._node,
             role=self.config.role,
             model=self.config.engine.model,
+            served_model_name=self.config.engine.served_model_name or "",
+            tokenizer=self.config.engine.tokenizer or "",
             fingerprint=self.model.fingerprint,
             layout=layout_to_wire(self.model.layout),
             vocab_size=self.model.vocab_size,

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from functools import partial
 from importlib.metadata import version
 
@@ -10,26 +9,24 @@ from aiohttp import web
 
 from kvferry.common.clock import MonotonicClock
 from kvferry.common.config import RouterConfig
-from kvferry.common.errors import NotFound, Unavailable
+from kvferry.common.errors import Unavailable
 from kvferry.common.process import Notifier
 from kvferry.kvstore.client import StoreClient
 from kvferry.router.accounting import Metrics
 from kvferry.router.admin import admin_app
 from kvferry.router.answers import Model, encoded, models_list
-from kvferry.router.defaults import NO_DEFAULTS, SamplingDefaults, load_defaults
 from kvferry.router.flow import Flow
 from kvferry.router.generate import Generator
 from kvferry.router.guard import guard, read_body
 from kvferry.router.limits import Limits
 from kvferry.router.listener import listen
-from kvferry.router.nodes import Nodes
+from kvferry.router.models import Models
+from kvferry.router.nodes import Nodes, ServedModel
 from kvferry.router.openai import Kind, parse_request
 from kvferry.router.openapi import openapi
-from kvferry.router.placement import least_loaded
 from kvferry.router.quota import Grant, Quotas
 from kvferry.router.sse import send_json
 from kvferry.router.tenants import LiveTenants, Tenant, Tenants
-from kvferry.router.text import Tokenizer, load_tokenizer
 from kvferry.router.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize
 
 READY_LOOK_S = 30.0
@@ -40,14 +37,13 @@ log = logging.getLogger(__name__)
 async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: asyncio.Event) -> None:
     """Run the router until `stop` is set. Raises KvferryError with one sentence when it cannot start."""
     tenants = LiveTenants(config.tenants_file)
-    tokenizer = await asyncio.to_thread(load_tokenizer, config.model, config.revision)
-    defaults = NO_DEFAULTS
-    if config.generation_config == "auto":
-        defaults = await asyncio.to_thread(load_defaults, config.model, config.revision)
     store = StoreClient(config.store, 0, 0, "router")
     nodes, metrics, clock = Nodes(config.prefill, config.decode), Metrics(), MonotonicClock()
-    flow = Flow(config, nodes, store, metrics, clock)
-    front = Front(config, limits, defaults, tenants, tokenizer, nodes, flow, metrics)
+    models = Models(nodes, own_defaults=config.generation_config == "auto")
+    if config.model is not None:
+        await models.load(config.model, config.revision)
+    flow = Flow(config, nodes, models, store, metrics, clock)
+    front = Front(config, limits, models, tenants, nodes, flow, metrics)
     runners = []
     await store.start()
     nodes.start()
@@ -55,11 +51,14 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
         admin = admin_app(nodes, store, metrics)
         runners.append(await listen(admin, config.admin_host, config.admin_port, limits))
         runners.append(await listen(front.app(), config.host, config.port, limits))
-        ready = asyncio.create_task(tell_when_ready(nodes, notifier))
-        watching = asyncio.create_task(tenants.watch(front.take_tenants))
+        tasks = [
+            asyncio.create_task(models.follow()),
+            asyncio.create_task(tell_when_ready(nodes, models, notifier)),
+            asyncio.create_task(tenants.watch(front.take_tenants)),
+        ]
         await stop.wait()
-        ready.cancel()
-        watching.cancel()
+        for task in tasks:
+            task.cancel()
         await front.generator.drain()
     finally:
         for runner in reversed(runners):
@@ -67,13 +66,13 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
         await flow.close()
         await nodes.close()
         await store.close()
-        tokenizer.close()
+        models.close()
 
 
-async def tell_when_ready(nodes: Nodes, notifier: Notifier) -> None:
+async def tell_when_ready(nodes: Nodes, models: Models, notifier: Notifier) -> None:
     """The start is over when every kind of worker is there."""
-    while not await nodes.wait_for(lambda: not nodes.missing(), READY_LOOK_S):
-        log.info("waiting: %s", nodes.missing())
+    while not await nodes.wait_for(lambda: not models.missing(), READY_LOOK_S):
+        log.info("waiting: %s", models.missing())
     notifier.ready()
 
 
@@ -85,19 +84,17 @@ class Front:
         self,
         config: RouterConfig,
         limits: Limits,
-        defaults: SamplingDefaults,
+        models: Models,
         tenants: LiveTenants,
-        tokenizer: Tokenizer,
         nodes: Nodes,
         flow: Flow,
         metrics: Metrics,
     ):
-        self._config, self._limits, self._defaults, self._tenants = config, limits, defaults, tenants
-        self._tokenizer, self._nodes, self._flow, self._metrics = tokenizer, nodes, flow, metrics
+        self._config, self._limits, self._models, self._tenants = config, limits, models, tenants
+        self._nodes, self._flow, self._metrics = nodes, flow, metrics
         clock = MonotonicClock()
         self._quotas = Quotas(clock)
-        self._created = int(time.time())
-        self.generator = Generator(config, limits, tokenizer, nodes, flow, metrics, clock)
+        self.generator = Generator(config, limits, models, flow, metrics, clock)
 
     def take_tenants(self, tenants: Tenants) -> None:
         """The tenants file has changed: other limits count, and what erased tenants have under way ends."""
@@ -108,8 +105,8 @@ class Front:
         app = web.Application(middlewares=[guard(self._limits, self._metrics)], client_max_size=self._limits.body_bytes)
         app.router.add_post("/v1/completions", partial(self._generate, kind="completion"))
         app.router.add_post("/v1/chat/completions", partial(self._generate, kind="chat"))
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{id:.+}", self._model)
+        app.router.add_get("/v1/models", self._list_models)
+        app.router.add_get("/v1/models/{id:.+}", self._show_model)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/detokenize", self._detokenize)
         app.router.add_get("/openapi.json", self._openapi)
@@ -124,39 +121,41 @@ class Front:
 
     async def _ready(self, request: web.Request) -> web.Response:
         """Ready is who has a decode worker, which can compute everything by itself; what else is missing is told."""
-        missing = self._nodes.missing()
-        if not least_loaded(self._nodes.decode):
+        missing = self._models.missing()
+        if not self._models.up():
             raise Unavailable(missing)
         return as_json({"status": "ready"} | ({"missing": missing} if missing else {}))
 
     async def _version(self, request: web.Request) -> web.Response:
         return as_json({"version": version("kvferry")})
 
-    async def _models(self, request: web.Request) -> web.Response:
+    async def _list_models(self, request: web.Request) -> web.Response:
         self._authenticate(request)
         return web.Response(body=models_list(self._served()), content_type="application/json")
 
-    async def _model(self, request: web.Request) -> web.Response:
+    async def _show_model(self, request: web.Request) -> web.Response:
         self._authenticate(request)
-        self._check_model(request.match_info["id"])
-        if not (served := self._served()):
-            raise Unavailable(self._nodes.missing())
-        return as_json(served[0])
+        name = self._models.name_of(request.match_info["id"])
+        for model in self._served():
+            if model.id == name:
+                return as_json(model)
+        raise Unavailable(f"no decode node is ready for {name}; try again later")
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         with self._admit(request)[1]:
             asked = parse_tokenize(await read_body(request, self._limits), self._limits)
-            self._check_model(asked.model)
-            model = await self._flow.ready_model(self._config.node_wait_s)
-            told = await tokenize(asked, self._tokenizer, model.max_model_len, self._limits)
+            model = await self._ready_model(asked.model)
+            told = await tokenize(
+                asked, self._models.side_of(model.tokenizer).tokenizer, model.max_model_len, self._limits
+            )
             return await self._send(request, told)
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         with self._admit(request)[1]:
             asked = parse_detokenize(await read_body(request, self._limits), self._limits)
-            self._check_model(asked.model)
-            model = await self._flow.ready_model(self._config.node_wait_s)
-            return await self._send(request, detokenize(asked, self._tokenizer, model.vocab_size))
+            model = await self._ready_model(asked.model)
+            told = detokenize(asked, self._models.side_of(model.tokenizer).tokenizer, model.vocab_size)
+            return await self._send(request, told)
 
     async def _openapi(self, request: web.Request) -> web.StreamResponse:
         return await self._send(request, openapi(self._limits))
@@ -165,16 +164,10 @@ class Front:
         return await send_json(request, encoded(value), self._limits.write_s, {"X-Request-Id": request["id"]})
 
     def _served(self) -> list[Model]:
-        """The model, if a worker is up that runs it."""
-        lengths = [node.model.max_model_len for node in least_loaded(self._nodes.decode)]
-        name = self._config.served_model_name
-        return [Model(id=name, created=self._created, max_model_len=length) for length in lengths[:1]]
+        return [Model(id=name, created=since, max_model_len=longest) for name, since, longest in self._models.up()]
 
-    def _check_model(self, name: str | None) -> None:
-        """Raises NotFound for a model that is named and not served."""
-        served = self._config.served_model_name
-        if name not in (None, served, self._config.model):
-            raise NotFound(f"the model {name[:64]!r} is not served here; {served!r} is")
+    async def _ready_model(self, name: str | None) -> ServedModel:
+        return await self._flow.ready_model(self._models.name_of(name), self._config.node_wait_s)
 
     def _authenticate(self, request: web.Request) -> Tenant:
         return self._tenants.authenticate(request.headers.get("Authorization"))
@@ -189,9 +182,7 @@ class Front:
         tenant, grant = self._admit(request)
         with grant:
             body = await read_body(request, self._limits)
-            asked = parse_request(kind, body, self._limits, self._defaults)
-            self._check_model(asked.model)
-            return await self.generator.answer(request, asked, tenant, grant)
+            return await self.generator.answer(request, parse_request(kind, body, self._limits), tenant, grant)
 
 
 async def tell_quota(request: web.Request, response: web.StreamResponse) -> None:

@@ -88,7 +88,7 @@ class Telling:
     def __init__(self, job: Job, record: Record, asked: GenerationRequest, first: int, tokenizer: Tokenizer):
         self.job, self.record = job, record
         self.prompt_logprobs: list[TokenLogprobs] = []
-        self._asked, self._first, self._tokenizer = asked, first, tokenizer
+        self._asked, self._first, self.tokenizer = asked, first, tokenizer
         self._prompt_told: tuple[Told, ...] = ()
         self._prompt = prompt_text(asked, job, first // asked.n, tokenizer) if asked.echo else ""
 
@@ -96,7 +96,7 @@ class Telling:
         """Every choice's parts, each choice's in order. A stop string ends its choice, and the others go on."""
         progress = Progress(self.job)
         choices = [
-            Choice(self._first + choice, self._tokenizer, self._asked, len(self._prompt)) for choice in self.job.choices
+            Choice(self._first + choice, self.tokenizer, self._asked, len(self._prompt)) for choice in self.job.choices
         ]
         async with aclosing(flow.run(self.job, self.record, progress)) as pieces:
             async for piece in pieces:
@@ -117,7 +117,7 @@ class Telling:
     def _echo(self, index: int) -> Part:
         """The prompt, before a choice's own text."""
         if self._asked.logprobs is not None and not self._prompt_told:
-            self._prompt_told = Offsets(self._tokenizer).tell(self.job.token_ids, [None, *self.prompt_logprobs])
+            self._prompt_told = Offsets(self.tokenizer).tell(self.job.token_ids, [None, *self.prompt_logprobs])
         return Part(index, self._prompt, (), told=self._prompt_told)
 
 

@@ -35,6 +35,6 @@ def load_defaults(model: str, revision: str | None = None) -> SamplingDefaults:
     try:
         advised = json.loads(Path(found).read_bytes())
         advised = {name: advised[name] for name in SamplingDefaults.__struct_fields__ if advised.get(name) is not None}
-        return msgspec.convert(advised, SamplingDefaults)
+        return msgspec.convert(advised | {"top_k": max(advised.get("top_k", 0), 0)}, SamplingDefaults)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{found} is not valid: {error}; mend it, or take it out of the model's folder") from error

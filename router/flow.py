@@ -25,8 +25,9 @@ from kvferry.common.wire import sequence_to_wire
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.handover import TOO_LONG, Handover, Piece
 from kvferry.router.merge import side_by_side
+from kvferry.router.models import Models
 from kvferry.router.nodes import Nodes, ServedModel
-from kvferry.router.placement import least_loaded, place
+from kvferry.router.placement import place
 
 ATTEMPTS = 3  # the first, and two more
 RETRIED = (Unavailable, Internal)
@@ -38,10 +39,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt of a request that was found valid: whose it is, its tokens, how to sample. `keys` and `token_ids` are
-    secret. Of one tenant's jobs the lower `priority` goes first; `weight` is the tenant's share among tenants."""
+    """One prompt of a request that was found valid: whose it is, for which model, its tokens, how to sample. `keys` and
+    `token_ids` are secret. Of one tenant's jobs the lower `priority` goes first; `weight` is the tenant's share among
+    tenants."""
 
     request_id: str
+    model: ServedModel
     keys: TenantKeys = field(repr=False)
     cache_salt: str = field(repr=False)
     token_ids: list[int] = field(repr=False)
@@ -91,8 +94,10 @@ class Progress:
 class Flow:
     """Runs jobs over the nodes. One for a router."""
 
-    def __init__(self, config: RouterConfig, nodes: Nodes, store: BlockStore, metrics: Metrics, clock: Clock):
-        self._config, self._nodes, self._store = config, nodes, store
+    def __init__(
+        self, config: RouterConfig, nodes: Nodes, models: Models, store: BlockStore, metrics: Metrics, clock: Clock
+    ):
+        self._config, self._nodes, self._models, self._store = config, nodes, models, store
         self._metrics, self._clock = metrics, clock
         self._finishing: set[asyncio.Task[None]] = set()
         self._active: dict[Handover, str] = {}  # and whose they are: the tenant's pseudonym
@@ -127,7 +132,9 @@ class Flow:
         while True:
             record.attempts = max(record.attempts, attempt)
             patience = min(self._config.node_wait_s, give_up - self._clock.now())
-            model = await self.ready_model(patience)  # to fail here is final
+            model = await self.ready_model(job.model.name, patience)  # to fail here is final
+            if model.tokenizer != job.model.tokenizer:
+                raise Unavailable(f"{model.name} has become another model; try again")
             if not progress.of(job):
                 return
             try:
@@ -196,12 +203,12 @@ class Flow:
         """Wait for what was left to finish behind answers that were sent."""
         await asyncio.gather(*self._finishing, return_exceptions=True)
 
-    async def ready_model(self, patience: float) -> ServedModel:
-        """The model of the least loaded decode node; waits up to `patience` s for one to come up. Raises
-        Unavailable."""
-        if not await self._nodes.wait_for(lambda: bool(least_loaded(self._nodes.decode)), patience):
-            raise Unavailable("no decode node is ready; try again later")
-        return least_loaded(self._nodes.decode)[0].model
+    async def ready_model(self, name: str, patience: float) -> ServedModel:
+        """The model of that name, as the least loaded decode node runs it; waits up to `patience` s for one to come up.
+        Raises Unavailable."""
+        if not await self._nodes.wait_for(lambda: bool(self._models.decode(name)), patience):
+            raise Unavailable(f"no decode node is ready for {name}; try again later")
+        return self._models.decode(name)[0].model
 
     async def _admitted(
         self,
@@ -216,7 +223,7 @@ class Flow:
         """Open `continue` on the first decode node that admits it, among those that run the model, before it is time to
         `give_up`. `fills`: whether a prefill node may fill it."""
         refusal: KvferryError = Unavailable("no decode node is ready; try again later")
-        for decode in least_loaded(self._nodes.decode):
+        for decode in self._models.decode(model.name):
             if not decode.ready or decode.model != model:  # it may have gone while another was asked
                 continue
             partners = self._nodes.partners(decode) if fills else []

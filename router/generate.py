@@ -21,9 +21,9 @@ from kvferry.router.jobs import jobs_of
 from kvferry.router.limits import Limits
 from kvferry.router.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from kvferry.router.merge import side_by_side
-from kvferry.router.nodes import Nodes
+from kvferry.router.models import Models
+from kvferry.router.nodes import ServedModel
 from kvferry.router.openai import GenerationRequest
-from kvferry.router.placement import least_loaded
 from kvferry.router.quota import Grant, blocks_for
 from kvferry.router.sse import EventStream, send_json
 from kvferry.router.tenants import Tenant
@@ -39,14 +39,13 @@ class Generator:
         self,
         config: RouterConfig,
         limits: Limits,
-        tokenizer: Tokenizer,
-        nodes: Nodes,
+        models: Models,
         flow: Flow,
         metrics: Metrics,
         clock: Clock,
     ):
-        self._config, self._limits, self._tokenizer = config, limits, tokenizer
-        self._nodes, self._flow, self._metrics, self._clock = nodes, flow, metrics, clock
+        self._config, self._limits, self._models = config, limits, models
+        self._flow, self._metrics, self._clock = flow, metrics, clock
         self._open = 0
         self._idle = asyncio.Event()
 
@@ -71,9 +70,13 @@ class Generator:
         self._metrics.open_requests.set(self._open)
         arrived, outcome, records = self._clock.now(), "cancelled", []
         try:
-            jobs = await self._jobs(asked, tenant, grant, request["id"])
+            name = self._models.name_of(asked.model)
+            model = await self._flow.ready_model(name, self._config.node_wait_s)
+            side = self._models.side_of(model.tokenizer)
+            asked = asked.advised(side.defaults)
+            jobs = await self._jobs(asked, model, side.tokenizer, tenant, grant, request["id"])
             records += [Record(job.request_id, len(job.token_ids), arrived) for job in jobs]
-            told = tellings(jobs, records, asked, self._tokenizer)
+            told = tellings(jobs, records, asked, side.tokenizer)
             send = self._stream if asked.stream else self._whole
             response = await send(request, asked, told, grant)
             outcome = "ok"
@@ -93,13 +96,20 @@ class Generator:
             for record in records:
                 self._metrics.count(record)
 
-    async def _jobs(self, asked: GenerationRequest, tenant: Tenant, grant: Grant, request_id: str) -> list[Job]:
-        model = await self._flow.ready_model(self._config.node_wait_s)
-        pools = [node.status.total_blocks for node in least_loaded(self._nodes.decode)]
+    async def _jobs(
+        self,
+        asked: GenerationRequest,
+        model: ServedModel,
+        tokenizer: Tokenizer,
+        tenant: Tenant,
+        grant: Grant,
+        request_id: str,
+    ) -> list[Job]:
+        pools = [node.status.total_blocks for node in self._models.decode(model.name)]
         blocks, block_size = max(pools), model.layout.block_size
         if (most := tenant.limits.kv_blocks) is not None:
             blocks = min(blocks, most // (len(asked.prompts) * asked.n))
-        jobs = await jobs_of(asked, self._limits, tenant.keys, request_id, self._tokenizer, model, blocks * block_size)
+        jobs = await jobs_of(asked, self._limits, tenant.keys, request_id, tokenizer, model, blocks * block_size)
         lengths = [len(job.token_ids) for job in jobs]
         needed = [blocks_for(len(job.token_ids), job.params.max_tokens, job.params.n, block_size) for job in jobs]
         grant.take_prompts(lengths, sum(needed))
@@ -109,7 +119,7 @@ class Generator:
         shape = None
         if asked.logprobs is not None:
             of_kind = completion_logprobs if asked.kind == "completion" else chat_logprobs
-            shape = partial(of_kind, top=asked.logprobs, tokenizer=self._tokenizer)
+            shape = partial(of_kind, top=asked.logprobs, tokenizer=told[0].tokenizer)
         prompts = [one.job.token_ids for one in told] if asked.return_token_ids else None
         created = int(time.time())
         return Answer(asked.kind, asked.model, request["id"], created, asked.include_usage, shape, prompts, asked.n)
@@ -122,7 +132,7 @@ class Generator:
             parts = joined([part async for part in arriving], len(told) * asked.n)
         prompts = None
         if (top := asked.prompt_logprobs) is not None:
-            prompts = [prompt_logprobs(one.job.token_ids, one.prompt_logprobs, top, self._tokenizer) for one in told]
+            prompts = [prompt_logprobs(one.job.token_ids, one.prompt_logprobs, top, one.tokenizer) for one in told]
         body = answer.whole(parts, usage_of_all([one.record for one in told]), prompts)
         return await send_json(request, body, self._limits.write_s, {"X-Request-Id": request["id"]})
 

@@ -33,7 +33,9 @@ async def jobs_of(
         check_prompt_tokens(total, field, limits)
         params = _params(asked, _max_tokens(asked, len(tokens), model, pool), bad_words)
         own_id = request_id if len(asked.prompts) == 1 else f"{request_id}-{number}"
-        jobs.append(Job(own_id, keys, asked.cache_salt, tokens, params, asked.priority, timeout_s=asked.timeout_s))
+        jobs.append(
+            Job(own_id, model, keys, asked.cache_salt, tokens, params, asked.priority, timeout_s=asked.timeout_s)
+        )
     _check_told(asked, sum(len(job.token_ids) for job in jobs), limits)
     return jobs
 

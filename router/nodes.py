@@ -38,8 +38,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the workers say of the model they run."""
+    """What the workers say of the model they run. `tokenizer`: where the router finds it."""
 
+    name: str
+    tokenizer: str
     fingerprint: bytes
     layout: BlockLayout
     vocab_size: int
@@ -67,7 +69,14 @@ class Node:
         if self.status is None:
             raise Unavailable(f"the {self.role} node at {self.address} is not there")
         status = self.status
-        return ServedModel(status.fingerprint, layout_from_wire(status.layout), status.vocab_size, status.max_model_len)
+        return ServedModel(
+            status.served_model_name,
+            status.tokenizer,
+            status.fingerprint,
+            layout_from_wire(status.layout),
+            status.vocab_size,
+            status.max_model_len,
+        )
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -94,6 +103,7 @@ class Nodes:
     def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...]):
         self.prefill = [Node(address, "prefill") for address in prefill]
         self.decode = [Node(address, "decode") for address in decode]
+        self.version = 0  # counts changes
         self._changed = asyncio.Condition()
         self._watching: list[asyncio.Task[None]] = []
         self._refused: set[str] = set()
@@ -134,8 +144,18 @@ class Nodes:
             log.info("%s node at %s is there", node.role, node.address)
         if went:
             log.warning("%s node at %s is gone", node.role, node.address)
+        await self.tell()
+
+    async def tell(self) -> None:
+        """Something that who waits may be waiting for has changed."""
+        self.version += 1
         async with self._changed:
             self._changed.notify_all()
+
+    async def changed_since(self, version: int) -> None:
+        """Wait until `version` is another one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.version != version)
 
     def mark_gone(self, node: Node) -> None:
         """A call to the node broke: place nothing there until it speaks again."""
@@ -146,7 +166,7 @@ class Nodes:
         difference."""
         partners = []
         for node in self.prefill:
-            if not node.ready:
+            if not node.ready or node.model.name != decode.model.name:
                 continue
             if reason := difference(node, decode):
                 refusal = f"prefill {node.address} is not paired with decode {decode.address}: {reason}"

@@ -5,7 +5,7 @@ field in `param` and repeats no text of the client's other than field names.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kvferry.common.errors import InvalidRequest
@@ -62,8 +62,9 @@ class GenerationRequest:
     Each of `prompts` gets `n` answers; a chat has one prompt. `max_tokens` None means what the context leaves, 0 that
     only the prompt is told of, which goes with `echo` alone. `logprobs` and `prompt_logprobs` say how many of the
     likeliest tokens are told beside each one; None is none of it. `seed` lies in [0, 2**64); None means that we choose
-    one. `top_k` 0 means off. `timeout_s` None means as long as the server allows. `special_tokens`: whether the
-    tokenizer adds its own to a prompt. What the client wrote is left out of the repr, so that no log shows it.
+    one. `left_open`: sampling parameters that the client has not sent. `top_k` 0 means off. `timeout_s` None means as
+    long as the server allows. `special_tokens`: whether the tokenizer adds its own to a prompt. What the client wrote
+    is left out of the repr, so that no log shows it.
     """
 
     kind: Kind
@@ -97,13 +98,15 @@ class GenerationRequest:
     stream: bool = False
     include_usage: bool = False
     return_token_ids: bool = False
+    left_open: frozenset[str] = frozenset()
+
+    def advised(self, defaults: SamplingDefaults) -> "GenerationRequest":
+        """With what the model's makers advise, where the client left it open."""
+        return replace(self, **{name: getattr(defaults, name) for name in self.left_open}, left_open=frozenset())
 
 
-def parse_request(
-    kind: Kind, body: bytes, limits: Limits = DEFAULT_LIMITS, defaults: SamplingDefaults = NO_DEFAULTS
-) -> GenerationRequest:
-    """The request in a body. Raises InvalidRequest, and nothing else whatever the bytes. `defaults`: what the model's
-    makers advise, for what the client leaves open."""
+def parse_request(kind: Kind, body: bytes, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
+    """The request in a body. Raises InvalidRequest, and nothing else whatever the bytes."""
     raw = parse_json(body, limits.json_depth)
     own: dict[str, Any]
     if kind == "completion":
@@ -123,12 +126,12 @@ def parse_request(
             "max_tokens": _chat_max_tokens(asked),
             "logprobs": _chat_logprobs(asked, limits),
         }
-    request = GenerationRequest(kind=kind, **own, **_common(asked, limits, defaults))
+    request = GenerationRequest(kind=kind, **own, **_common(asked, limits))
     _check(request, limits)
     return request
 
 
-def _common(body: CommonBody, limits: Limits, defaults: SamplingDefaults) -> dict[str, Any]:
+def _common(body: CommonBody, limits: Limits) -> dict[str, Any]:
     """The fields of a request that both APIs have."""
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
@@ -138,7 +141,7 @@ def _common(body: CommonBody, limits: Limits, defaults: SamplingDefaults) -> dic
 
     def given(name: str) -> Any:
         value = getattr(body, name)
-        return getattr(defaults, name) if value is None else value
+        return getattr(NO_DEFAULTS, name) if value is None else value
 
     return dict(
         model=body.model,
@@ -166,6 +169,7 @@ def _common(body: CommonBody, limits: Limits, defaults: SamplingDefaults) -> dic
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         return_token_ids=bool(body.return_token_ids),
+        left_open=frozenset(name for name in SamplingDefaults.__struct_fields__ if getattr(body, name) is None),
     )
 
 

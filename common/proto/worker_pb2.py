@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kvferry/common/proto/worker.proto\x12\nkvferry.v1\"\x0e\n\x0cWatchRequest\"_\n\x06Layout\x12\x10\n\x08kv_heads\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\xc4\x03\n\x0cWorkerStatus\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\x0c\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.kvferry.v1.Layout\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\x0f\n\x07running\x18\t \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x0f\n\x07streams\x18\r \x01(\r\x12\r\n\x05tasks\x18\x0e \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\x0f \x01(\x01\x12\x18\n\x10pull_bytes_per_s\x18\x10 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x12 \x01(\x04\x12\x17\n\x0fpublished_bytes\x18\x13 \x01(\x04\x12\x12\n\nbad_blocks\x18\x14 \x01(\x04\x12\x0c\n\x04node\x18\x15 \x01(\t\"\xc3\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\r\n\x05min_p\x18\n \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\r \x01(\x01\x12)\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x15.kvferry.v1.TokenBias\x12&\n\tbad_words\x18\x0f \x03(\x0b\x32\x13.kvferry.v1.BadWord\x12\t\n\x01n\x18\x10 \x01(\r\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x1c\n\x07\x42\x61\x64Word\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xcb\x01\n\x08Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tchain_key\x18\x02 \x01(\x0c\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x12\n\nprompt_len\x18\x06 \x01(\r\x12&\n\x08sampling\x18\x07 \x01(\x0b\x32\x14.kvferry.v1.Sampling\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x0e\n\x06weight\x18\t \x01(\x01\"1\n\x0b\x46illCommand\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x14.kvferry.v1.Sequence\"x\n\x05Reuse\x12\x12\n\ngpu_tokens\x18\x01 \x01(\r\x12\x13\n\x0bhost_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x14\n\x0cpulled_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fpublished_bytes\x18\x05 \x01(\x04\"U\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07top_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"b\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x19.kvferry.v1.TokenLogprobs\"\x95\x01\n\nFillReport\x12\x18\n\x10\x63ommitted_blocks\x18\x01 \x01(\r\x12,\n\x0c\x66irst_tokens\x18\x02 \x03(\x0b\x32\x16.kvferry.v1.FirstToken\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12 \n\x05reuse\x18\x04 \x01(\x0b\x32\x11.kvferry.v1.Reuse\x12\x0f\n\x07started\x18\x05 \x01(\x08\"t\n\x0f\x43ontinueCommand\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.kvferry.v1.ContinueOpenH\x00\x12,\n\x08progress\x18\x02 \x01(\x0b\x32\x18.kvferry.v1.FillProgressH\x00\x42\t\n\x07\x63ommand\"L\n\x0c\x43ontinueOpen\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.kvferry.v1.Sequence\x12\x14\n\x0c\x65xpects_fill\x18\x02 \x01(\x08\"d\n\x0c\x46illProgress\x12\x18\n\x10\x63ommitted_blocks\x18\x01 \x01(\r\x12,\n\x0c\x66irst_tokens\x18\x02 \x03(\x0b\x32\x16.kvferry.v1.FirstToken\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\"\xc9\x01\n\rContinueEvent\x12(\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x14.kvferry.v1.AdmittedH\x00\x12(\n\x08restored\x18\x02 \x01(\x0b\x32\x14.kvferry.v1.RestoredH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.kvferry.v1.TokensH\x00\x12\x35\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1a.kvferry.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\n\n\x08\x41\x64mitted\",\n\x08Restored\x12 \n\x05reuse\x18\x01 \x01(\x0b\x32\x11.kvferry.v1.Reuse\"o\n\x06Tokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.kvferry.v1.TokenLogprobs\";\n\x0ePromptLogprobs\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.kvferry.v1.TokenLogprobs2\x85\x01\n\x07Prefill\x12=\n\x05Watch\x12\x18.kvferry.v1.WatchRequest\x1a\x18.kvferry.v1.WorkerStatus0\x01\x12;\n\x04\x46ill\x12\x17.kvferry.v1.FillCommand\x1a\x16.kvferry.v1.FillReport(\x01\x30\x01\x32\x8f\x01\n\x06\x44\x65\x63ode\x12=\n\x05Watch\x12\x18.kvferry.v1.WatchRequest\x1a\x18.kvferry.v1.WorkerStatus0\x01\x12\x46\n\x08\x43ontinue\x12\x1b.kvferry.v1.ContinueCommand\x1a\x19.kvferry.v1.ContinueEvent(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kvferry/common/proto/worker.proto\x12\nkvferry.v1\"\x0e\n\x0cWatchRequest\"_\n\x06Layout\x12\x10\n\x08kv_heads\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\xf2\x03\n\x0cWorkerStatus\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\x0c\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.kvferry.v1.Layout\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\x0f\n\x07running\x18\t \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x0f\n\x07streams\x18\r \x01(\r\x12\r\n\x05tasks\x18\x0e \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\x0f \x01(\x01\x12\x18\n\x10pull_bytes_per_s\x18\x10 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x12 \x01(\x04\x12\x17\n\x0fpublished_bytes\x18\x13 \x01(\x04\x12\x12\n\nbad_blocks\x18\x14 \x01(\x04\x12\x0c\n\x04node\x18\x15 \x01(\t\x12\x19\n\x11served_model_name\x18\x16 \x01(\t\x12\x11\n\ttokenizer\x18\x17 \x01(\t\"\xc3\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\r\n\x05min_p\x18\n \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\r \x01(\x01\x12)\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x15.kvferry.v1.TokenBias\x12&\n\tbad_words\x18\x0f \x03(\x0b\x32\x13.kvferry.v1.BadWord\x12\t\n\x01n\x18\x10 \x01(\r\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x1c\n\x07\x42\x61\x64Word\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xcb\x01\n\x08Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tchain_key\x18\x02 \x01(\x0c\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x12\n\nprompt_len\x18\x06 \x01(\r\x12&\n\x08sampling\x18\x07 \x01(\x0b\x32\x14.kvferry.v1.Sampling\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x0e\n\x06weight\x18\t \x01(\x01\"1\n\x0b\x46illCommand\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x14.kvferry.v1.Sequence\"x\n\x05Reuse\x12\x12\n\ngpu_tokens\x18\x01 \x01(\r\x12\x13\n\x0bhost_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x14\n\x0cpulled_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fpublished_bytes\x18\x05 \x01(\x04\"U\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07top_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"b\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x19.kvferry.v1.TokenLogprobs\"\x95\x01\n\nFillReport\x12\x18\n\x10\x63ommitted_blocks\x18\x01 \x01(\r\x12,\n\x0c\x66irst_tokens\x18\x02 \x03(\x0b\x32\x16.kvferry.v1.FirstToken\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12 \n\x05reuse\x18\x04 \x01(\x0b\x32\x11.kvferry.v1.Reuse\x12\x0f\n\x07started\x18\x05 \x01(\x08\"t\n\x0f\x43ontinueCommand\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.kvferry.v1.ContinueOpenH\x00\x12,\n\x08progress\x18\x02 \x01(\x0b\x32\x18.kvferry.v1.FillProgressH\x00\x42\t\n\x07\x63ommand\"L\n\x0c\x43ontinueOpen\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.kvferry.v1.Sequence\x12\x14\n\x0c\x65xpects_fill\x18\x02 \x01(\x08\"d\n\x0c\x46illProgress\x12\x18\n\x10\x63ommitted_blocks\x18\x01 \x01(\r\x12,\n\x0c\x66irst_tokens\x18\x02 \x03(\x0b\x32\x16.kvferry.v1.FirstToken\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\"\xc9\x01\n\rContinueEvent\x12(\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x14.kvferry.v1.AdmittedH\x00\x12(\n\x08restored\x18\x02 \x01(\x0b\x32\x14.kvferry.v1.RestoredH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.kvferry.v1.TokensH\x00\x12\x35\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1a.kvferry.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\n\n\x08\x41\x64mitted\",\n\x08Restored\x12 \n\x05reuse\x18\x01 \x01(\x0b\x32\x11.kvferry.v1.Reuse\"o\n\x06Tokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.kvferry.v1.TokenLogprobs\";\n\x0ePromptLogprobs\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.kvferry.v1.TokenLogprobs2\x85\x01\n\x07Prefill\x12=\n\x05Watch\x12\x18.kvferry.v1.WatchRequest\x1a\x18.kvferry.v1.WorkerStatus0\x01\x12;\n\x04\x46ill\x12\x17.kvferry.v1.FillCommand\x1a\x16.kvferry.v1.FillReport(\x01\x30\x01\x32\x8f\x01\n\x06\x44\x65\x63ode\x12=\n\x05Watch\x12\x18.kvferry.v1.WatchRequest\x1a\x18.kvferry.v1.WorkerStatus0\x01\x12\x46\n\x08\x43ontinue\x12\x1b.kvferry.v1.ContinueCommand\x1a\x19.kvferry.v1.ContinueEvent(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,43 +36,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYOUT']._serialized_start=65
   _globals['_LAYOUT']._serialized_end=160
   _globals['_WORKERSTATUS']._serialized_start=163
-  _globals['_WORKERSTATUS']._serialized_end=615
-  _globals['_SAMPLING']._serialized_start=618
-  _globals['_SAMPLING']._serialized_end=1069
-  _globals['_TOKENBIAS']._serialized_start=1071
-  _globals['_TOKENBIAS']._serialized_end=1114
-  _globals['_BADWORD']._serialized_start=1116
-  _globals['_BADWORD']._serialized_end=1144
-  _globals['_SEQUENCE']._serialized_start=1147
-  _globals['_SEQUENCE']._serialized_end=1350
-  _globals['_FILLCOMMAND']._serialized_start=1352
-  _globals['_FILLCOMMAND']._serialized_end=1401
-  _globals['_REUSE']._serialized_start=1403
-  _globals['_REUSE']._serialized_end=1523
-  _globals['_TOKENLOGPROBS']._serialized_start=1525
-  _globals['_TOKENLOGPROBS']._serialized_end=1610
-  _globals['_FIRSTTOKEN']._serialized_start=1612
-  _globals['_FIRSTTOKEN']._serialized_end=1710
-  _globals['_FILLREPORT']._serialized_start=1713
-  _globals['_FILLREPORT']._serialized_end=1862
-  _globals['_CONTINUECOMMAND']._serialized_start=1864
-  _globals['_CONTINUECOMMAND']._serialized_end=1980
-  _globals['_CONTINUEOPEN']._serialized_start=1982
-  _globals['_CONTINUEOPEN']._serialized_end=2058
-  _globals['_FILLPROGRESS']._serialized_start=2060
-  _globals['_FILLPROGRESS']._serialized_end=2160
-  _globals['_CONTINUEEVENT']._serialized_start=2163
-  _globals['_CONTINUEEVENT']._serialized_end=2364
-  _globals['_ADMITTED']._serialized_start=2366
-  _globals['_ADMITTED']._serialized_end=2376
-  _globals['_RESTORED']._serialized_start=2378
-  _globals['_RESTORED']._serialized_end=2422
-  _globals['_TOKENS']._serialized_start=2424
-  _globals['_TOKENS']._serialized_end=2535
-  _globals['_PROMPTLOGPROBS']._serialized_start=2537
-  _globals['_PROMPTLOGPROBS']._serialized_end=2596
-  _globals['_PREFILL']._serialized_start=2599
-  _globals['_PREFILL']._serialized_end=2732
-  _globals['_DECODE']._serialized_start=2735
-  _globals['_DECODE']._serialized_end=2878
+  _globals['_WORKERSTATUS']._serialized_end=661
+  _globals['_SAMPLING']._serialized_start=664
+  _globals['_SAMPLING']._serialized_end=1115
+  _globals['_TOKENBIAS']._serialized_start=1117
+  _globals['_TOKENBIAS']._serialized_end=1160
+  _globals['_BADWORD']._serialized_start=1162
+  _globals['_BADWORD']._serialized_end=1190
+  _globals['_SEQUENCE']._serialized_start=1193
+  _globals['_SEQUENCE']._serialized_end=1396
+  _globals['_FILLCOMMAND']._serialized_start=1398
+  _globals['_FILLCOMMAND']._serialized_end=1447
+  _globals['_REUSE']._serialized_start=1449
+  _globals['_REUSE']._serialized_end=1569
+  _globals['_TOKENLOGPROBS']._serialized_start=1571
+  _globals['_TOKENLOGPROBS']._serialized_end=1656
+  _globals['_FIRSTTOKEN']._serialized_start=1658
+  _globals['_FIRSTTOKEN']._serialized_end=1756
+  _globals['_FILLREPORT']._serialized_start=1759
+  _globals['_FILLREPORT']._serialized_end=1908
+  _globals['_CONTINUECOMMAND']._serialized_start=1910
+  _globals['_CONTINUECOMMAND']._serialized_end=2026
+  _globals['_CONTINUEOPEN']._serialized_start=2028
+  _globals['_CONTINUEOPEN']._serialized_end=2104
+  _globals['_FILLPROGRESS']._serialized_start=2106
+  _globals['_FILLPROGRESS']._serialized_end=2206
+  _globals['_CONTINUEEVENT']._serialized_start=2209
+  _globals['_CONTINUEEVENT']._serialized_end=2410
+  _globals['_ADMITTED']._serialized_start=2412
+  _globals['_ADMITTED']._serialized_end=2422
+  _globals['_RESTORED']._serialized_start=2424
+  _globals['_RESTORED']._serialized_end=2468
+  _globals['_TOKENS']._serialized_start=2470
+  _globals['_TOKENS']._serialized_end=2581
+  _globals['_PROMPTLOGPROBS']._serialized_start=2583
+  _globals['_PROMPTLOGPROBS']._serialized_end=2642
+  _globals['_PREFILL']._serialized_start=2645
+  _globals['_PREFILL']._serialized_end=2778
+  _globals['_DECODE']._serialized_start=2781
+  _globals['_DECODE']._serialized_end=2924
 # @@protoc_insertion_point(module_scope)

@@ -18,7 +18,7 @@ from kvferry.common.config import (
 from kvferry.common.errors import ConfigError
 
 SOCKET = Path("/tmp/s")
-ROUTER = RouterConfig(model="m", served_model_name="m", prefill=(), decode=("unix:/tmp/d",), store=SOCKET)
+ROUTER = RouterConfig(model="m", prefill=(), decode=("unix:/tmp/d",), store=SOCKET)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

@@ -271,7 +271,7 @@ class Cluster:
     def body(self, prompt: Sequence[int] | str, **fields: Any) -> dict[str, Any]:
         """A greedy request for exactly MAX_TOKENS tokens unless `fields` say otherwise."""
         body = {
-            "model": str(self.model), "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0,
+            "model": self.model.name, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0,
             "ignore_eos": True, "return_token_ids": True, **fields,
         }  # fmt: skip
         if body.get("stream"):

@@ -283,7 +283,7 @@ def test_blocks_in_flight(house, prompts):
 def test_an_answer_without_max_tokens_is_as_long_as_the_blocks_allow(house, prompts):
     few, more = house.make("few", kv_blocks=2), house.make("more", kv_blocks=20)
     messages = [{"role": "user", "content": prompts.text(20)}]
-    body = {"model": str(house.cluster.model), "messages": messages, "n": 2, "ignore_eos": True}
+    body = {"model": house.cluster.model.name, "messages": messages, "n": 2, "ignore_eos": True}
     answers = [
         house.cluster.http.post("/v1/chat/completions", json=body, headers=credential(key)) for key in (few, more)
     ]

@@ -23,16 +23,25 @@ from kvferry.router.defaults import NO_DEFAULTS
 from kvferry.router.flow import Flow, Job, Progress
 from kvferry.router.limits import Limits
 from kvferry.router.listener import listen
+from kvferry.router.models import Models, TextSide
 from kvferry.router.nodes import Nodes
 from kvferry.router.tenants import LiveTenants
 from kvferry.router.text import Tokenizer
 
 CONFIG = RouterConfig(
-    model="m", served_model_name="name", prefill=("127.0.0.1:1",), decode=("127.0.0.1:2",), store=Path("s"),
+    model="m", prefill=("127.0.0.1:1",), decode=("127.0.0.1:2",), store=Path("s"),
     node_wait_s=0.01,
 )  # fmt: skip
 LAYOUT = pb.Layout(kv_heads=1, layers=1, block_size=16, head_dim=8, dtype="float32")
-UP = pb.WorkerStatus(fingerprint=b"f" * 32, layout=LAYOUT, vocab_size=264, max_model_len=64, total_blocks=9)
+UP = pb.WorkerStatus(
+    served_model_name="name",
+    tokenizer="place",
+    fingerprint=b"f" * 32,
+    layout=LAYOUT,
+    vocab_size=264,
+    max_model_len=64,
+    total_blocks=9,
+)
 
 
 def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]]) -> None:
@@ -40,15 +49,16 @@ def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]]) -> N
 
     async def main() -> None:
         nodes, metrics, clock = Nodes(CONFIG.prefill, CONFIG.decode), Metrics(), ManualClock()
-        flow = Flow(CONFIG, nodes, None, metrics, clock)
-        tokenizer = Tokenizer(byte_tokenizer())
-        front = Front(CONFIG, Limits(), NO_DEFAULTS, LiveTenants(None), tokenizer, nodes, flow, metrics)
+        models = Models(nodes, own_defaults=False)
+        models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
+        flow = Flow(CONFIG, nodes, models, None, metrics, clock)
+        front = Front(CONFIG, Limits(), models, LiveTenants(None), nodes, flow, metrics)
         runner = await listen(front.app(), "127.0.0.1", 0, Limits())
         async with ClientSession() as session:
             await use(nodes, session, f"http://127.0.0.1:{runner.addresses[0][1]}")
         await runner.cleanup()
         await nodes.close()
-        tokenizer.close()
+        models.close()
 
     asyncio.run(main())
 
@@ -82,9 +92,10 @@ def test_models_are_those_that_are_up():
             async with session.post(url + path, data=json.dumps(asked)) as answer:
                 assert (answer.status, "Retry-After" in answer.headers) == (503, True)
         nodes.decode[0].status = UP
-        for name in ("name", "m"):
-            async with session.get(f"{url}/v1/models/{name}") as answer:
-                assert (await answer.json())["id"] == "name"
+        async with session.get(f"{url}/v1/models/name") as answer:
+            assert (await answer.json())["id"] == "name"
+        async with session.get(f"{url}/v1/models/m") as answer:
+            assert answer.status == 404
 
     with_front(use)
 
@@ -114,9 +125,11 @@ def test_a_request_waits_for_its_place_no_longer_than_it_may(asked_s, allowed_s,
         nodes = Nodes((), CONFIG.decode)
         nodes.decode[0].status = UP
         monkeypatch.setattr(flow_module, "Handover", Handover)
-        flow = Flow(CONFIG, nodes, Store(), Metrics(), clock)
+        models = Models(nodes, own_defaults=False)
+        models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
+        flow = Flow(CONFIG, nodes, models, Store(), Metrics(), clock)
         keys = TenantKeys.from_chain_key(b"k" * 32)
-        job = Job("r", keys, "", [1, 2], SamplingParams(), timeout_s=asked_s)
+        job = Job("r", nodes.decode[0].model, keys, "", [1, 2], SamplingParams(), timeout_s=asked_s)
         late = allowed_s - 3.0
         with pytest.raises(DeadlineExceeded, match="took longer than it may"):
             await anext(flow.run(job, Record("r", 2, clock.now() - late), Progress(job)))

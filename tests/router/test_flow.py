@@ -22,6 +22,7 @@ from kvferry.router.nodes import ServedModel
 
 PROMPT = [1, 2, 3, 4]
 LENGTH = 6
+MODEL = ServedModel("m", "m", b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 300, 64)
 Broken = Callable[[int, list[int]], int | None]
 
 
@@ -34,14 +35,14 @@ class ScriptedFlow(Flow):
     the attempt, counted over all choices, breaks."""
 
     def __init__(self, breaks: Broken, error: KvferryError | None = None):
-        config = RouterConfig(model="m", served_model_name="m", prefill=(), decode=("unix:/nowhere",), store="s")
-        super().__init__(config, None, None, Metrics(), ManualClock())
+        config = RouterConfig(model="m", prefill=(), decode=("unix:/nowhere",), store="s")
+        super().__init__(config, None, None, None, Metrics(), ManualClock())
         self.breaks, self.error = breaks, error or Unavailable("the connection to the node broke")
         self.asked: list[tuple[list[int], list[int]]] = []  # choices, tokens that were sent before
         self.closed = 0
 
-    async def ready_model(self, patience):
-        return None
+    async def ready_model(self, name, patience):
+        return MODEL
 
     async def _attempt(self, job, record, progress, give_up, model):
         choices, sent = list(job.choices), list(progress.sent[job.params.choice])
@@ -61,7 +62,7 @@ class ScriptedFlow(Flow):
 
 
 def job_of(n: int) -> Job:
-    return Job("r", TenantKeys.from_chain_key(b"k" * 32), "", PROMPT, SamplingParams(max_tokens=LENGTH, n=n))
+    return Job("r", MODEL, TenantKeys.from_chain_key(b"k" * 32), "", PROMPT, SamplingParams(max_tokens=LENGTH, n=n))
 
 
 def run(flow: Flow, n: int, ends: dict[int, int] | None = None) -> tuple[dict[int, list[int]], Record]:
@@ -193,7 +194,6 @@ class Handovers:
 
 def test_what_is_told_of_the_prompt_is_told_once(monkeypatch):
     """Half of it came, then it broke; another attempt tells all of it, and breaks after a token; the last need not."""
-    model = ServedModel(b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 300, 64)
     handovers = Handovers(
         [Piece((), prompt_logprobs=TOLD[:2])],
         [Piece((), prompt_logprobs=TOLD[:1]), Piece((), prompt_logprobs=TOLD[1:]), Piece((7,))],
@@ -204,16 +204,16 @@ def test_what_is_told_of_the_prompt_is_told_once(monkeypatch):
         async def lookup(self, names, lease):
             return SimpleNamespace(blocks=[])
 
-    config = RouterConfig(model="m", served_model_name="m", prefill=(), decode=("unix:/nowhere",), store="s")
-    flow = Flow(config, None, Store(), Metrics(), ManualClock())
+    config = RouterConfig(model="m", prefill=(), decode=("unix:/nowhere",), store="s")
+    flow = Flow(config, None, None, Store(), Metrics(), ManualClock())
     monkeypatch.setattr(flow, "_admitted", handovers.admitted)
 
-    async def ready_model(patience):
-        return model
+    async def ready_model(name, patience):
+        return MODEL
 
     monkeypatch.setattr(flow, "ready_model", ready_model)
     params = SamplingParams(max_tokens=2, prompt_logprobs=3)
-    job = Job("r", TenantKeys.from_chain_key(b"k" * 32), "", PROMPT, params, priority=-5)
+    job = Job("r", MODEL, TenantKeys.from_chain_key(b"k" * 32), "", PROMPT, params, priority=-5)
 
     async def main():
         async with aclosing(flow.run(job, Record("r", 4, 0.0), Progress(job))) as pieces:

@@ -17,7 +17,7 @@ from kvferry.router.openai import parse_request
 from kvferry.router.text import Tokenizer
 
 BYTES = Tokenizer(byte_tokenizer())
-MODEL = ServedModel(b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 264, 64)
+MODEL = ServedModel("m", "m", b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 264, 64)
 POOL = 48
 
 

@@ -360,12 +360,13 @@ def test_what_the_models_makers_advise():
     """It counts where the client says nothing."""
     advised = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1, repetition_penalty=1.05)
     for kind, body in MINIMAL.items():
-        asked = parse_request(kind, json.dumps(body).encode(), defaults=advised)
+        asked = parse_request(kind, json.dumps(body).encode()).advised(advised)
         assert (asked.temperature, asked.top_p, asked.top_k) == (0.7, 0.8, 20)
         assert (asked.min_p, asked.repetition_penalty) == (0.1, 1.05)
         own = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
-        asked = parse_request(kind, json.dumps(body | own).encode(), defaults=advised)
-        assert asked == parse_request(kind, json.dumps(body | {"temperature": 0}).encode())
+        asked = parse_request(kind, json.dumps(body | own).encode()).advised(advised)
+        plain = parse_request(kind, json.dumps(body | {"temperature": 0}).encode())
+        assert asked == plain.advised(SamplingDefaults())
 
 
 def test_fields_of_the_chat_template():

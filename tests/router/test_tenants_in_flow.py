@@ -19,7 +19,7 @@ from kvferry.router.handover import Piece
 from kvferry.router.nodes import ServedModel
 
 ACME, BOLT = (TenantKeys.from_chain_key(bytes([n]) * 32) for n in (1, 2))
-MODEL = ServedModel(b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 300, 64)
+MODEL = ServedModel("m", "m", b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 300, 64)
 
 
 class Handed:
@@ -66,18 +66,18 @@ def flow(monkeypatch, worker):
     async def lookup(names, lease):
         return SimpleNamespace(blocks=[])
 
-    async def ready_model(patience):
+    async def ready_model(name, patience):
         return MODEL
 
-    config = RouterConfig(model="m", served_model_name="m", prefill=(), decode=("unix:/nowhere",), store="s")
-    flow = Flow(config, None, SimpleNamespace(lookup=lookup), Metrics(), ManualClock())
+    config = RouterConfig(model="m", prefill=(), decode=("unix:/nowhere",), store="s")
+    flow = Flow(config, None, None, SimpleNamespace(lookup=lookup), Metrics(), ManualClock())
     monkeypatch.setattr(flow, "_admitted", worker.admitted)
     monkeypatch.setattr(flow, "ready_model", ready_model)
     return flow
 
 
 async def run(flow: Flow, keys: TenantKeys, got: list[int], n: int = 1) -> None:
-    job = Job("r", keys, "", [1, 2, 3], SamplingParams(max_tokens=9, n=n), weight=2.5)
+    job = Job("r", MODEL, keys, "", [1, 2, 3], SamplingParams(max_tokens=9, n=n), weight=2.5)
     async with aclosing(flow.run(job, Record("r", 3, 0.0), Progress(job))) as pieces:
         async for piece in pieces:
             got += piece.token_ids

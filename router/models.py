@@ -1,0 +1,119 @@
+"""The models that the workers run: by name, each with its tokenizer and its makers' sampling defaults."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from kvferry.common.errors import ConfigError, InvalidRequest, NotFound, Unavailable
+from kvferry.router.defaults import NO_DEFAULTS, SamplingDefaults, load_defaults
+from kvferry.router.nodes import Node, Nodes
+from kvferry.router.placement import least_loaded
+from kvferry.router.text import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSide:
+    """What the router needs of a model itself."""
+
+    tokenizer: Tokenizer
+    defaults: SamplingDefaults
+
+
+class Models:
+    """Which models are served, as the workers announce them. Text sides are loaded once for each place they are at, and
+    kept; a name belongs to whoever announces it now."""
+
+    def __init__(self, nodes: Nodes, own_defaults: bool):
+        self._nodes, self._own_defaults = nodes, own_defaults
+        self._sides: dict[str, TextSide | None] = {}  # None: it could not be loaded
+        self._names: dict[str, int] = {}
+
+    async def load(self, place: str, revision: str | None = None) -> None:
+        """Load what is at `place`, a folder or a Hugging Face id. Raises ConfigError."""
+        tokenizer = await asyncio.to_thread(load_tokenizer, place, revision)
+        defaults = NO_DEFAULTS
+        if self._own_defaults:
+            defaults = await asyncio.to_thread(load_defaults, place, revision)
+        self.add(place, TextSide(tokenizer, defaults))
+
+    def add(self, place: str, side: TextSide) -> None:
+        self._sides[place] = side
+
+    async def follow(self) -> None:
+        """Load what workers announce, for as long as there is a router."""
+        while True:
+            version = self._nodes.version
+            wanted = [node for node in self._nodes.decode if node.ready and node.model.tokenizer not in self._sides]
+            for node in wanted:
+                await self._load_of(node)
+            if wanted:
+                await self._nodes.tell()  # who waits for a model may find it now
+            else:
+                await self._nodes.changed_since(version)
+
+    async def _load_of(self, node: Node) -> None:
+        model = node.model
+        if model.tokenizer in self._sides:
+            return
+        try:
+            await self.load(model.tokenizer)
+        except ConfigError as error:
+            self._sides[model.tokenizer] = None
+            log.error("%s, which %s runs, is not served: %s; tell the worker by --tokenizer where it is on this host",
+                      model.name, node.address, error)  # fmt: skip
+
+    def close(self) -> None:
+        for side in self._sides.values():
+            if side is not None:
+                side.tokenizer.close()
+
+    def can_be_served(self, node: Node) -> bool:
+        """Whether a decode node is ready, and so is what is needed of its model here."""
+        return node.ready and self._sides.get(node.model.tokenizer) is not None
+
+    def decode(self, name: str) -> list[Node]:
+        """The decode nodes that serve a model now, the least loaded first."""
+        return [n for n in least_loaded(self._nodes.decode) if n.model.name == name and self.can_be_served(n)]
+
+    def side_of(self, tokenizer: str) -> TextSide:
+        """Of a model whose decode node can be served. Raises Unavailable."""
+        if (side := self._sides.get(tokenizer)) is None:
+            raise Unavailable("the model's tokenizer is not there")
+        return side
+
+    def _known(self) -> dict[str, int]:
+        """The names that have been announced, and when they were first seen here, in Unix seconds."""
+        for node in self._nodes.all:
+            if node.ready:
+                self._names.setdefault(node.model.name, int(time.time()))
+        return self._names
+
+    def name_of(self, asked: str | None) -> str:
+        """The name of the model that a request is for. Raises NotFound, InvalidRequest for a request that leaves open
+        which of several, Unavailable as long as no worker has come."""
+        known = self._known()
+        if asked in known:
+            return asked
+        if not known:
+            raise Unavailable(self._nodes.missing())
+        told = ", ".join(repr(name) for name in sorted(known))
+        if asked is not None:
+            raise NotFound(f"the model {asked[:64]!r} is not served here; {told} {'are' if len(known) > 1 else 'is'}")
+        if len(known) > 1:
+            raise InvalidRequest(f"model is missing; send one of {told}", "model")
+        return next(iter(known))
+
+    def up(self) -> list[tuple[str, int, int]]:
+        """Name, since when, and longest context in tokens, of each model that is served now, by name."""
+        known = self._known()
+        serving = {name: self.decode(name) for name in sorted(known)}
+        return [(name, known[name], nodes[0].model.max_model_len) for name, nodes in serving.items() if nodes]
+
+    def missing(self) -> str:
+        """Why nothing can be answered, or not as it should be, for a person; empty when all is well."""
+        if (missing := self._nodes.missing()) or any(map(self.can_be_served, self._nodes.decode)):
+            return missing
+        return "the tokenizer of no decode node's model is loaded"
