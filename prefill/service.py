@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import closing
 from functools import partial
 
 import grpc
@@ -34,17 +35,17 @@ class PrefillService(WatchedService, PrefillServicer):
         """Report until everything is published, then keep it leased until the router closes its side."""
         with self._worker.stream():
             opening = await first_command(commands)
-            fill = Fill(self._worker, self._worker.open_sequence(opening.open, limit=1))
-            computing = asyncio.create_task(fill.run())
-            try:
-                async for report in fill.reports(computing):
-                    yield report
-                async for _ in commands:
-                    raise InvalidRequest("a fill takes one command, which opens it")
-            finally:
-                computing.cancel()
-                await asyncio.gather(computing, return_exceptions=True)
-                fill.close()
+            seq = self._worker.open_sequence(opening.open, limit=1)
+            with closing(Fill(self._worker, seq)) as fill:  # also if the wait below is cut short
+                computing = asyncio.create_task(fill.run())
+                try:
+                    async for report in fill.reports(computing):
+                        yield report
+                    async for _ in commands:
+                        raise InvalidRequest("a fill takes one command, which opens it")
+                finally:
+                    computing.cancel()
+                    await asyncio.gather(computing, return_exceptions=True)
 
 
 class Fill:

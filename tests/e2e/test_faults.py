@@ -121,6 +121,24 @@ class TestDeadWorkers:
         assert reply.cached == (144 if known else 0), "a failover changed the number of cached tokens"
         back(cluster, "decode", decode.pid)
 
+    def test_decode_killed_before_it_has_the_blocks(self, cluster, oracle, prompts):
+        """The fill, which is over but for its leases, is let go and cancelled in the same moment."""
+        prompt, decode = prompts.tokens(100), cluster.of_role("decode")
+        cluster.settle()
+        published = cluster.store()["published"]
+        with cluster.open(prompt, max_tokens=50) as stream:
+            stream.read_tokens(1)
+            decode.suspend()
+            until(lambda: cluster.store()["published"] == published + 6, 10, "filled")
+            assert cluster.store()["leases"], "decode was too quick"
+            decode.kill()
+            reply = stream.rest()
+        assert oracle.refuses(prompt, reply.token_ids) == ""
+        assert len(reply.token_ids) == 50
+        assert reply.account["attempts"] == 2
+        cluster.settle()
+        back(cluster, "decode", decode.pid)
+
 
 def test_prefill_killed_in_a_long_prompt(own, oracle, prompts):
     """It dies with its second chunk's slots granted; decode computes what is missing."""
