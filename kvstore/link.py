@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,20 @@ class Unreachable(Exception):
     """The store is not there, or not there any more. Never leaves this room."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request on its way. `reply` is cancelled with the caller."""
+
+    reply: asyncio.Future[say.Reply]
+    expect: type[say.Reply]
+    if_abandoned: Callable | None
+
+    def give_back(self, reply: say.Reply) -> None:
+        """Nobody is there any more to take what came."""
+        if self.if_abandoned is not None and isinstance(reply, self.expect):
+            self.if_abandoned(reply)
+
+
 class Link:
     """`arena` is None for an observer. `lost` is set once the connection is gone, for whatever reason."""
 
@@ -44,8 +59,7 @@ class Link:
         self._reader = reader
         self._writer = writer
         self._ids = itertools.count(1)
-        self._replies: dict[int, asyncio.Future[say.Reply]] = {}
-        self._abandoned: dict[int, tuple[type[say.Reply], Callable]] = {}
+        self._asked: dict[int, _Asked] = {}  # whose reply has not come
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
@@ -87,11 +101,11 @@ class Link:
         """
         if self.lost.is_set():
             raise Unreachable("the connection is gone")
-        reply = self._replies[message.id] = asyncio.get_running_loop().create_future()
+        asked = self._asked[message.id] = _Asked(asyncio.get_running_loop().create_future(), expect, if_abandoned)
         self._write(message)
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await reply
+                answer = await asked.reply
             if not isinstance(answer, expect):
                 self.drop(f"a {type(message).__name__.lower()} was answered by a {type(answer).__name__.lower()}")
                 raise Unreachable("the store does not make sense")
@@ -100,14 +114,9 @@ class Link:
             self.drop(f"no answer to a {type(message).__name__.lower()} within {timeout_s:.1f} s")
             raise Unreachable("the store does not answer") from None
         except asyncio.CancelledError:
-            if if_abandoned is not None and not self.lost.is_set():
-                if reply.done() and not reply.cancelled():
-                    if_abandoned(reply.result())
-                else:
-                    self._abandoned[message.id] = (expect, if_abandoned)
+            if not asked.reply.cancelled() and not self.lost.is_set():  # the reply had come
+                asked.give_back(asked.reply.result())
             raise
-        finally:
-            self._replies.pop(message.id, None)
 
     def post(self, message: say.Request) -> None:
         """Send a message whose reply nobody needs."""
@@ -123,10 +132,10 @@ class Link:
             return
         self.lost.set()
         log.info("the connection to the store ended: %s", reason)
-        for reply in self._replies.values():
-            if not reply.done():
-                reply.set_exception(Unreachable(reason))
-        self._abandoned.clear()
+        for asked in self._asked.values():
+            if not asked.reply.done():
+                asked.reply.set_exception(Unreachable(reason))
+        self._asked.clear()
         self._writer.transport.abort()
         if self.arena is not None:
             self.arena.retire()
@@ -148,14 +157,13 @@ class Link:
                 if isinstance(reply, say.Refused):
                     log.error("the store refused us: %s", reply.reason)
                     return self.drop(reply.reason)
-                waiting = self._replies.get(reply.id)
-                if waiting is not None:
-                    if not waiting.done():
-                        waiting.set_result(reply)
-                elif reply.id in self._abandoned:
-                    expect, give_back = self._abandoned.pop(reply.id)
-                    if isinstance(reply, expect):
-                        give_back(reply)
+                asked = self._asked.pop(reply.id, None)
+                if asked is None:  # it was only posted
+                    continue
+                if asked.reply.done():  # cancelled, whether or not the caller has run since
+                    asked.give_back(reply)
+                else:
+                    asked.reply.set_result(reply)
         except (ProtocolError, EOFError, OSError) as error:
             self.drop(repr(error))
         finally:

@@ -155,6 +155,34 @@ def test_a_cancelled_lookup_leaves_no_lease(ground):
     run(story())
 
 
+@pytest.mark.parametrize("verb", ["lookup", "reserve"])
+def test_cancelled_at_the_moment_the_reply_comes(verb, ground, monkeypatch):
+    """The reader meets the reply after the caller was cancelled and before it has run again."""
+
+    read_frame, asking = say.read_frame, []
+
+    async def cancelling(reader):
+        frame = await read_frame(reader)
+        for task in asking:
+            task.cancel()
+        return frame
+
+    async def story():
+        node = ground.node()
+        client = await started(ground, node)
+        names = ground.names("a", 2)
+        await ground.publish(client, names)
+        ask = client.lookup(names) if verb == "lookup" else client.reserve(names, parent=ground.root, tenant="t")
+        asking.append(asyncio.create_task(ask))
+        await asyncio.wait(asking)
+        assert asking.pop().cancelled()
+        assert (await client.stats()).leases == 0
+        await client.close()
+
+    monkeypatch.setattr(say, "read_frame", cancelling)
+    run(story())
+
+
 def test_a_cancelled_publish_gives_its_slots_back(ground):
     async def story():
         from kvferry.common.failpoints import Failpoints
