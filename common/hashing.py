@@ -111,9 +111,10 @@ class CacheScope:
             tokens.byteswap()
         data = tokens.tobytes()
         name = self.root() if parent is None else parent
+        keyed = blake2b(key=self.keys.chain, person=b"kvf-block", digest_size=NAME_BYTES)  # the key is taken in once
         names = []
         for end in range(step, len(data) + 1, step):
-            block = name + data[end - step : end]
-            digest = blake2b(block, key=self.keys.chain, person=b"kvf-block", digest_size=NAME_BYTES).digest()
-            names.append(name := BlockName(digest))
+            block = keyed.copy()
+            block.update(name + data[end - step : end])
+            names.append(name := BlockName(block.digest()))
         return names

@@ -41,7 +41,7 @@ class Piece:
 
 
 def piece_of(tokens: pb.Tokens) -> Piece:
-    told = tuple(map(logprobs_from_wire, tokens.logprobs))
+    told = tuple(map(logprobs_from_wire, tokens.logprobs)) if tokens.logprobs else ()
     return Piece(tuple(tokens.token_ids), tokens.finish_reason or None, tokens.choice, told)
 
 
@@ -93,29 +93,30 @@ class Handover:
 
     async def pieces(self, clock: Clock, give_up: float) -> AsyncIterator[Piece]:
         """The tokens as they come, the first from whoever has it first. Raises what ended the attempt."""
-        while self._going_on:
-            try:
-                async with asyncio.timeout(max(give_up - clock.now(), 0.001)):
-                    piece = await self._out.get()
-            except TimeoutError as error:
-                raise DeadlineExceeded(TOO_LONG) from error
-            if isinstance(piece, KvferryError):
-                raise piece
-            self._going_on -= piece.finish_reason is not None
-            yield piece
+        too_long = DeadlineExceeded(TOO_LONG)
+        alarm = asyncio.get_running_loop().call_later(max(give_up - clock.now(), 0.001), self.abort, too_long)
+        try:
+            while self._going_on:
+                piece = await self._out.get()
+                if isinstance(piece, KvferryError):
+                    raise piece
+                self._going_on -= piece.finish_reason is not None
+                yield piece
+        finally:
+            alarm.cancel()
 
     async def _receive(self) -> None:
         """Decode's events: its tokens go out; that the blocks have arrived lets the fill go."""
         try:
             while (event := await self._continue.read()) is not grpc.aio.EOF:
-                if event.HasField("restored"):
+                if event.HasField("tokens"):
+                    self._out.put_nowait(piece_of(event.tokens))
+                elif event.HasField("restored"):
                     self._record.restores[self._choice] = event.restored.reuse
                     self._restored.set()
                 elif event.HasField("prompt_logprobs"):
                     told = tuple(map(logprobs_from_wire, event.prompt_logprobs.tokens))
                     self._out.put_nowait(Piece((), prompt_logprobs=told))
-                elif event.HasField("tokens"):
-                    self._out.put_nowait(piece_of(event.tokens))
             self._out.put_nowait(await self._ended())
         except grpc.aio.AioRpcError as error:
             self._out.put_nowait(self._noted(error_of(error)))

@@ -179,6 +179,8 @@ class Nodes:
 
     async def wait_for(self, found: Callable[[], bool], seconds: float) -> bool:
         """Wait until `found()`, looked at whenever a node's status changes; False when time is up."""
+        if found():
+            return True
         async with self._changed:
             try:
                 async with asyncio.timeout(seconds):

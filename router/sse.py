@@ -48,6 +48,9 @@ class EventStream:
         await self._write(b"data: [DONE]\n\n", last=True)
 
     async def _write(self, event: bytes, last: bool = False) -> None:
+        if self.response.prepared and not last and fits(self._request, event):
+            await self.response.write(event)  # most events: they wait for nobody
+            return
         async with reading(self._request, self._write_s):
             if not self.response.prepared:
                 await self.response.prepare(self._request)
@@ -72,6 +75,15 @@ async def send_json(
     async with reading(request, write_s):
         await response.write_eof()
     return response
+
+
+def fits(request: web.Request, event: bytes) -> bool:
+    """Whether writing an event waits for nothing: there is a connection, its client has read all that was sent, and the
+    event is smaller than what the connection buffers."""
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        return False
+    return len(event) <= PIECE_BYTES // 2 and not transport.get_write_buffer_size()
 
 
 @asynccontextmanager

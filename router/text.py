@@ -3,10 +3,10 @@ each token is by itself."""
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import ConfigError, InvalidRequest
@@ -48,6 +48,16 @@ def remember_nothing(tokenizer: "PreTrainedTokenizerBase") -> None:
         tokenizer.cache = _Nothing()
 
 
+def decoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]:
+    """Token ids to their text, with nothing left out and nothing tidied. Most tokenizers only hand the ids on to the
+    tokenizers library, and look at them for longer than it takes to decode a few."""
+    from transformers import TokenizersBackend
+
+    if getattr(type(tokenizer), "_decode", None) is TokenizersBackend._decode:
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+    return partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+
+
 class _Nothing(dict[str, str]):
     """A dict that keeps nothing."""
 
@@ -84,6 +94,7 @@ class Tokenizer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         remember_nothing(tokenizer)
         self._tokenizer = tokenizer
+        self._decode_shown = decoder(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._special = frozenset(special | set(tokenizer.all_special_ids))
@@ -196,6 +207,3 @@ class Tokenizer:
 
     def _shows(self, token: int) -> bool:
         return self._has_text(token) and token not in self._special
-
-    def _decode_shown(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
