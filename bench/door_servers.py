@@ -52,8 +52,9 @@ def running(*command: str | Path) -> Iterator[psutil.Popen]:
         yield process
     finally:
         process.stdin.close()
-        process.terminate()
-        process.wait(STOP_S)
+        if process.poll() is None:
+            process.terminate()
+            process.wait(STOP_S)
 
 
 def until_ready(server: Server) -> None:
