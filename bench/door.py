@@ -70,7 +70,7 @@ async def measure(rounds: int, rng: random.Random) -> dict[str, list[float]]:
     model = resolve(MODEL)[0]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="door-")))
-        bench = Bench(Servers(MODEL, STREAMS[-1], folder, stack), load_tokenizer(model), rng)
+        bench = Bench(Servers(MODEL, model, STREAMS[-1], folder, stack), load_tokenizer(model), rng)
         await bench.warm_up()
         await bench.memory()
         for number in range(rounds):

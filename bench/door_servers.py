@@ -21,10 +21,10 @@ START_S, LOOK_S, STOP_S = 60.0, 0.05, 10.0
 class Servers:
     """`router` and `relay` answer HTTP, `decode` is the stub's address. They end with the stack."""
 
-    def __init__(self, model: str, most_streams: int, folder: Path, stack: ExitStack):
+    def __init__(self, model: str, tokenizer: str, most_streams: int, folder: Path, stack: ExitStack):
         store, prefill, self.decode = folder / "store", f"unix:{folder}/prefill", f"unix:{folder}/decode"
         stack.enter_context(running(KVFERRY, "store", f"--socket={store}", "--size=64MiB", "--log-level=WARNING"))
-        stack.enter_context(running(sys.executable, HERE / "door_stub.py", prefill, self.decode))
+        stack.enter_context(running(sys.executable, HERE / "door_stub.py", prefill, self.decode, model, tokenizer))
         port, admin, bare = free_ports(3)
         router = running(
             KVFERRY, "router", f"--model={model}", f"--prefill={prefill}", f"--decode={self.decode}",

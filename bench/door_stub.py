@@ -1,6 +1,6 @@
 """Workers that compute nothing: a prefill and a decode node that speak the protocol, for bench/door.py.
 
-    python bench/door_stub.py PREFILL_ADDRESS DECODE_ADDRESS
+    python bench/door_stub.py PREFILL_ADDRESS DECODE_ADDRESS MODEL TOKENIZER
 
 Two of a request's fields say what decode does: `max_tokens` how many tokens it gives, and `seed` the gap between them
 in microseconds. Streams of the same gap get theirs at the same moments, as from an engine's steps; 0 is as fast as
@@ -35,6 +35,9 @@ STATUS_S = 1.0
 class Watched:
     role = ""
 
+    def __init__(self, model: str, tokenizer: str):
+        self._model, self._tokenizer = model, tokenizer
+
     async def Watch(
         self, request: pb.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WorkerStatus]:
@@ -42,7 +45,7 @@ class Watched:
             yield pb.WorkerStatus(
                 role=self.role, model="stub", fingerprint=bytes(32), layout=layout_to_wire(LAYOUT), vocab_size=VOCAB,
                 max_model_len=MODEL_LEN, free_blocks=2**20, total_blocks=2**20, node=self.role,
-                prefill_tokens_per_s=1e6,
+                prefill_tokens_per_s=1e6, served_model_name=self._model, tokenizer=self._tokenizer,
             )  # fmt: skip
             await asyncio.sleep(STATUS_S)
 
@@ -93,10 +96,10 @@ async def next_step(gap: float) -> None:
     await asyncio.sleep(gap - now % gap)
 
 
-async def serve(prefill: str, decode: str) -> None:
+async def serve(prefill: str, decode: str, model: str, tokenizer: str) -> None:
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    add_PrefillServicer_to_server(Prefill(), server)
-    add_DecodeServicer_to_server(Decode(), server)
+    add_PrefillServicer_to_server(Prefill(model, tokenizer), server)
+    add_DecodeServicer_to_server(Decode(model, tokenizer), server)
     for address in (prefill, decode):
         server.add_insecure_port(address)
     await server.start()
