@@ -21,7 +21,8 @@ class CpuDecode:
         self._all = len(rows) == len(ragged.lengths)  # then they are the batch, and in its order
         self._query = workspace.take("query", (len(rows), heads, head_dim), torch.float32)
         group = heads // kv_heads
-        shape = (torch.get_num_threads(), scratch_floats(group, head_dim))
+        self._threads = torch.get_num_threads()
+        shape = (self._threads, scratch_floats(group, head_dim))
         self._scratch = workspace.take("scratch", shape, torch.float32)
         self._partial = workspace.take("partial", (len(self._pieces), heads, head_dim + 2), torch.float32)
         self._call = np.zeros((), CALL)  # of addresses in what this object holds
@@ -52,7 +53,7 @@ class CpuDecode:
     def attend(self, layer: int, query: torch.Tensor, scoring: Scoring, out: torch.Tensor) -> None:
         """From `query` to `out`, both `[T, H, head_dim]`: the rows of one token of them."""
         asked = query if self._all else query[self._tokens]
-        torch.mul(asked, scoring.scale, out=self._query)
+        self._query.copy_(asked).mul_(scoring.scale)  # in fp32, not in the query's dtype
         straight = self._all and out.dtype is torch.float32
         attended = out if straight else torch.empty_like(self._query)
         start = layer * self._pool.stride(2)
@@ -61,7 +62,7 @@ class CpuDecode:
         self._call["sinks"] = 0 if sinks is None else sinks.data_ptr()
         self._call["softcap"] = scoring.softcap or 0.0
         self._call["out"] = attended.data_ptr()
-        self._kernel.run(self._call)
+        self._kernel.run(self._call, self._threads)
         if not straight:
             out.index_copy_(0, self._tokens, attended.to(out.dtype))
 

@@ -23,6 +23,7 @@ from kvferry.kernels.native import (
     integers_at,
     lanes,
     pointer_to,
+    reads_halves,
     thread,
     threads,
     wide,
@@ -35,6 +36,7 @@ TOGETHER = 4  # keys
 LANES = lanes()
 WIDE = 4  # vectors of a value that are added at once
 f32, i32 = np.float32, np.int32
+LEAST = np.finfo(np.float32).min
 
 
 # What a call is given; names of arrays are their addresses.
@@ -100,12 +102,25 @@ def cap(scores, softcap):
         scores[i] = softcap * (f32(1.0) - f32(2.0) / (exp(x) + f32(1.0)))
 
 
-@njit(fastmath=FAST | {"nnan"})
+@njit(fastmath=FAST)
 def largest(scores):
-    """The largest one. Where there is NaN, any number or NaN: the sum of the weights will tell."""
-    most = scores[0]
-    for score in scores:
-        most = max(most, score)
+    """The largest one that is a number, and finite; NaN is passed over: the sum of the weights will tell."""
+    most = LEAST
+    whole = len(scores) // 8 * 8
+    m0 = m1 = m2 = m3 = m4 = m5 = m6 = m7 = LEAST
+    for i in range(0, whole, 8):
+        m0 = scores[i] if scores[i] > m0 else m0
+        m1 = scores[i + 1] if scores[i + 1] > m1 else m1
+        m2 = scores[i + 2] if scores[i + 2] > m2 else m2
+        m3 = scores[i + 3] if scores[i + 3] > m3 else m3
+        m4 = scores[i + 4] if scores[i + 4] > m4 else m4
+        m5 = scores[i + 5] if scores[i + 5] > m5 else m5
+        m6 = scores[i + 6] if scores[i + 6] > m6 else m6
+        m7 = scores[i + 7] if scores[i + 7] > m7 else m7
+    for i in range(whole, len(scores)):
+        most = scores[i] if scores[i] > most else most
+    for other in (m0, m1, m2, m3, m4, m5, m6, m7):
+        most = other if other > most else most
     return most
 
 
@@ -277,5 +292,5 @@ def decode_fp16(address):
 ENTRIES: dict[torch.dtype, Callable[[int], None]] = {
     torch.float32: decode_fp32,
     torch.bfloat16: decode_bf16,
-    torch.float16: decode_fp16,
+    **({torch.float16: decode_fp16} if reads_halves() else {}),
 }

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from numba import carray, from_dtype, njit
 
-from kvferry.kernels.native import FAST, Kernel, bfloats_at, floats_at, halves_at, pointer_to, thread, threads
+from kvferry.kernels.native import (
+    FAST,
+    Kernel,
+    bfloats_at,
+    floats_at,
+    halves_at,
+    pointer_to,
+    reads_halves,
+    thread,
+    threads,
+)
 from kvferry.kernels.vectors import onward, products
 
 MOST_ROWS = 24  # for more, arithmetic counts
@@ -95,5 +105,5 @@ def linear_fp16(address):
 ENTRIES: dict[torch.dtype, Callable[[int], None]] = {
     torch.float32: linear_fp32,
     torch.bfloat16: linear_bf16,
-    torch.float16: linear_fp16,
+    **({torch.float16: linear_fp16} if reads_halves() else {}),
 }

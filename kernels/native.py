@@ -9,6 +9,10 @@ a place for it, so that it is made once a machine.
 import ctypes
 import hashlib
 import logging
+import platform
+import shutil
+import tempfile
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,58 +25,92 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
 from numba.core.base import BaseContext
+from numba.core.ccallback import CFunc
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 log = logging.getLogger(__name__)
 
-
-def keep_apart() -> None:
-    """Have numba keep what it compiles under a name made of all sources here. Its own check is the age of the file that
-    a kernel stands in, but a kernel is made of several. Where that folder cannot be written, numba knows others."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
-    folder = numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__"
-    numba.config.CACHE_DIR = str(Path(folder) / f"kernels-{digest}")
-
-
-keep_apart()
-
 # Sums are taken in any order, but NaN and infinity stay what they are: a row that is broken must be seen to be.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 LINE = 64  # bytes of a cache line
 
-_openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # and what it is linked to
-_openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-_openmp.GOMP_parallel.restype = None
+# OpenMP functions that compiled code calls by their names, so that the code can be kept.
+thread = types.ExternalFunction("omp_get_thread_num", types.int32())
+threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+barrier = types.ExternalFunction("GOMP_barrier", types.void())  # until all threads of the team are here
 
 
-def _by_name(name: str, result: types.Type) -> types.ExternalFunction:
-    """An OpenMP function that compiled code calls by its name, so that the code can be kept."""
-    llvmlite.binding.add_symbol(name, ctypes.cast(getattr(_openmp, name), ctypes.c_void_p).value)
-    return types.ExternalFunction(name, result())
-
-
-thread = _by_name("omp_get_thread_num", types.int32)
-threads = _by_name("omp_get_num_threads", types.int32)
-barrier = _by_name("GOMP_barrier", types.void)  # until all threads of the team are here
+@cache
+def openmp() -> ctypes.CDLL:
+    """The OpenMP that torch uses, whose functions are known to compiled code from here on."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # and what it is linked to
+    try:
+        for function in (thread, threads, barrier):
+            address = ctypes.cast(getattr(library, function.symbol), ctypes.c_void_p).value
+            llvmlite.binding.add_symbol(function.symbol, address)
+        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.restype = None
+    except AttributeError as error:
+        raise RuntimeError(f"this torch has no OpenMP that the CPU's kernels could run on: {error}") from error
+    return library
 
 
 class Kernel:
     """A kernel, compiled now or read from where it was kept."""
 
     def __init__(self, function: Callable[[int], None]):
-        signature = types.void(types.intp)
-        try:
-            self._compiled = cfunc(signature, fastmath=FAST, cache=True)(function)
-        except RuntimeError as error:
-            log.info("compiled code is not kept: %s", error)
-            self._compiled = cfunc(signature, fastmath=FAST)(function)
+        self._parallel = openmp().GOMP_parallel
+        self._compiled = compiled(function)
         self._address = self._compiled.address
 
     def run(self, record: np.ndarray, most_threads: int | None = None) -> None:
         """Call it on as many threads as torch uses here, or fewer, and wait for all of them."""
-        _openmp.GOMP_parallel(self._address, record.ctypes.data, most_threads or torch.get_num_threads(), 0)
+        self._parallel(self._address, record.ctypes.data, most_threads or torch.get_num_threads(), 0)
+
+
+def compiled(function: Callable[[int], None]) -> CFunc:
+    """Compile a kernel, or read what was compiled of it before, here or by another process."""
+    signature, folder = types.void(types.intp), None
+    with _compiling:
+        before = numba.config.CACHE_DIR
+        try:
+            folder = kept_at(function)
+            numba.config.CACHE_DIR = str(folder)
+            return cfunc(signature, fastmath=FAST, cache=True)(function)
+        except Exception as error:  # whatever is wrong with what was kept, or with its place
+            log.info("compiled code is not kept: %s: %s", type(error).__name__, error)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)  # so that the next process makes it anew
+            return cfunc(signature, fastmath=FAST)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+
+_compiling = threading.Lock()
+
+
+def kept_at(function: Callable[[int], None]) -> Path:
+    """The folder for a kernel's code, under a name made of all the sources that it is made of and of this CPU: numba
+    itself only looks at the age of the file that the kernel stands in. Beside the sources, or in the user's cache where
+    those cannot be written. Raises OSError."""
+    own = Path(function.__code__.co_filename)
+    made_of = [path.read_bytes() for path in (Path(__file__), Path(__file__).with_name("vectors.py"), own)]
+    machine = [llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()]
+    digest = hashlib.blake2b(b"".join([*made_of, *(text.encode() for text in machine)]), digest_size=8).hexdigest()
+    places = [own.parent / "__pycache__", Path.home() / ".cache" / "kvferry"]
+    if numba.config.CACHE_DIR:
+        places = [Path(numba.config.CACHE_DIR)]
+    for place in places:
+        folder = place / f"{own.stem}-{digest}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = error
+            continue
+        return folder
+    raise reason
 
 
 def pointer_to(element: types.Type) -> Callable[[int], object]:
@@ -89,11 +127,9 @@ def pointer_to(element: types.Type) -> Callable[[int], object]:
     return pointer_at
 
 
-integers_at, floats_at = pointer_to(types.int64), pointer_to(types.float32)
-bfloats_at, halves_at = (
-    pointer_to(types.int16),
-    pointer_to(types.uint16),
-)  # numba has no such numbers: `wide` reads them
+integers_at, floats_at, words_at = (pointer_to(kind) for kind in (types.int64, types.float32, types.uint16))
+# numba has no such numbers; `wide` reads them.
+bfloats_at, halves_at = pointer_to(types.int16), words_at
 
 
 @intrinsic
@@ -131,18 +167,6 @@ def widened(builder: ir.IRBuilder, value: ir.Value, element: types.Type) -> ir.V
     return builder.bitcast(builder.shl(builder.zext(value, bits), shift), like(ir.FloatType()))
 
 
-@intrinsic
-def prefetch(_: object, array: types.Array, index: types.Integer) -> tuple[Signature, Callable]:
-    """For kernels: have the cache line of `array[index]` fetched, if there is such a place, and go on."""
-
-    def make(context: BaseContext, builder: ir.IRBuilder, taken: Signature, arguments: list[ir.Value]) -> ir.Value:
-        data = context.make_array(taken.args[0])(context, builder, arguments[0]).data
-        fetch(builder, builder.gep(data, [arguments[1]]))
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), make
-
-
 def fetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
     """Write the instruction that has a pointer's cache line fetched for reading, into the second level."""
     byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -155,4 +179,15 @@ def fetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
 @cache
 def lanes() -> int:
     """How many fp32 numbers one vector register of this machine holds."""
-    return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+    return 16 if has("avx512f") else 8
+
+
+def has(*features: str) -> bool:
+    """Whether this CPU has one of these features, by LLVM's names."""
+    known = llvmlite.binding.get_host_cpu_features()
+    return any(known.get(feature, False) for feature in features)
+
+
+def reads_halves() -> bool:
+    """Whether fp16 can be made fp32 by an instruction; without one LLVM calls a function that is not there."""
+    return has("f16c", "fullfp16") or platform.machine() in ("aarch64", "arm64")

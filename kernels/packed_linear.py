@@ -2,7 +2,7 @@
 
 bf16, where the machine multiplies it: weights laid out for oneDNN once, at load, by the two operators that torch's
 inductor uses for that ("freezing"), called directly. Else the weights stay as they are, and few rows go through a
-kernel of our own, of which `F.linear` takes twice the time. bench/engine.py measures what they give together.
+kernel of our own. bench/engine.py measures what they give together.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kvferry.kernels.few_rows import ENTRIES, MOST_ROWS, few_rows
+from kvferry.kernels.native import has
 
 
 class PackedLinear(nn.Module):
@@ -30,15 +31,17 @@ class PackedLinear(nn.Module):
         rows = x.numel() // self.in_features
         if rows > MOST_ROWS:
             return F.linear(x, self.weight, self.bias)
-        out = few_rows(x.reshape(rows, -1), self.weight)
+        out = few_rows(x.reshape(rows, self.in_features), self.weight)
         out = out if self.bias is None else out.add_(self.bias)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 def lays_out_bf16() -> bool:
-    """Whether oneDNN multiplies bf16 on this machine, and this torch has the operators."""
+    """Whether this machine multiplies bf16, and this torch has oneDNN's operators for it. Without such instructions
+    oneDNN is slower than the kernel."""
     return (
-        torch.backends.mkldnn.is_available()
+        has("avx512bf16", "amx-bf16")
+        and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

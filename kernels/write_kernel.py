@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numba import carray, from_dtype, njit, types
 
-from kvferry.kernels.native import Kernel, floats_at, halves_at, integers_at, pointer_to, thread, threads
+from kvferry.kernels.native import Kernel, floats_at, integers_at, pointer_to, thread, threads, words_at
 from kvferry.kernels.vectors import onward
 
 ONE_THREAD = 2**16  # bytes that are copied sooner than a second thread is there
@@ -90,7 +90,7 @@ def write(call, keys, new_key, new_value):
 
 def write_2_bytes(address):
     call = carray(call_at(address), (1,))[0]
-    write(call, halves_at(call.keys), halves_at(call.new_key), halves_at(call.new_value))
+    write(call, words_at(call.keys), words_at(call.new_key), words_at(call.new_value))
 
 
 def write_4_bytes(address):

@@ -25,12 +25,14 @@ class Case:
     sinks: bool = False
 
 
-def cases(new: st.SearchStrategy[int], most_rows: int = 4) -> st.SearchStrategy[Case]:
+def cases(
+    new: st.SearchStrategy[int], groups: tuple[int, ...], head_dims: tuple[int, ...], most_rows: int
+) -> st.SearchStrategy[Case]:
     return st.builds(
         Case,
         kv_heads=st.integers(1, 3),
-        group=st.sampled_from([1, 2, 3, 4]),
-        head_dim=st.sampled_from([1, 4, 5, 16]),
+        group=st.sampled_from(groups),
+        head_dim=st.sampled_from(head_dims),
         block_size=st.sampled_from([1, 2, 4, 16]),
         rows=st.lists(st.tuples(st.integers(0, 35), new), min_size=1, max_size=most_rows).map(tuple),
         seed=st.integers(0, 2**16),
@@ -40,8 +42,8 @@ def cases(new: st.SearchStrategy[int], most_rows: int = 4) -> st.SearchStrategy[
     )
 
 
-CASES = cases(st.integers(1, 20))
-DECODE_CASES = cases(st.just(1), most_rows=9)
+CASES = cases(st.integers(1, 20), (1, 2, 3, 4), (1, 4, 5, 16), most_rows=4)
+DECODE_CASES = cases(st.just(1), (1, 2, 3, 4, 5, 7, 8, 12), (1, 5, 16, 64, 72, 80, 100, 128), most_rows=9)
 
 
 class Paged:

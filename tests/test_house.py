@@ -24,19 +24,8 @@ MAY_IMPORT = {
 }
 KERNELS_STAND_ON = {
     *("torch", "triton", "numpy", "numba", "llvmlite"),
-    *(
-        "math",
-        "dataclasses",
-        "typing",
-        "collections",
-        "enum",
-        "functools",
-        "itertools",
-        "ctypes",
-        "hashlib",
-        "logging",
-        "pathlib",
-    ),
+    *("collections", "ctypes", "dataclasses", "enum", "functools", "hashlib", "itertools", "logging", "math"),
+    *("pathlib", "platform", "shutil", "tempfile", "threading", "typing"),
 }
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"torch.load", "torch.save", "numpy.load", "np.load"}

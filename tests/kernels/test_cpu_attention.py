@@ -101,6 +101,16 @@ def test_nan_is_told(place):
     assert not got[2].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_are_not_rounded_before_they_are_used(dtype):
+    """Scores are exact: a scale that is no power of two would be rounded in with the query's dtype."""
+    paged = Paged(Case(2, 2, 128, 16, ((300, 1), (40, 1)), seed=5), 0)
+    attention, query = on_cpu(paged, dtype, Workspace()), 4 * paged.query.to(dtype)
+    exact = extend_attention(query.float(), paged.pool.float(), 0, paged.ragged, Scoring(128**-0.5))
+    got = attention.attend(0, query, Scoring(128**-0.5)).float()
+    assert (got - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
 def test_layers_of_one_step_may_differ():
     """Windows and softcaps alternate in Gemma; what is prepared for one layer serves the next of its kind only."""
     paged = Paged(Case(2, 2, 16, 4, ((0, 9), (20, 1), (13, 6), (9, 1)), seed=4), 1)

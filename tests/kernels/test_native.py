@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from numba import carray
 
@@ -35,23 +36,53 @@ def run(folder: Path, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_compiled_kernels_are_kept_until_any_source_changes(tmp_path):
+RIGHT = "[[32.0, 32.0, 32.0]]"
+
+
+@pytest.fixture
+def house(tmp_path) -> Path:
+    """A copy of the kernels, and a home, where nothing has been compiled yet."""
     shutil.copytree(KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    right = "[[32.0, 32.0, 32.0]]"
-    assert run(tmp_path) == f"0 {right}"
-    assert run(tmp_path) == f"1 {right}"
-    vectors = tmp_path / "kernels" / "vectors.py"
+    (tmp_path / "home").mkdir()
+    return tmp_path
+
+
+def break_sums(house: Path) -> None:
+    """Change another file than the kernel's own."""
+    vectors = house / "kernels" / "vectors.py"
     source = vectors.read_text()
-    assert "flags=" in source
+    assert "self.builder.fadd(" in source
     vectors.write_text(source.replace("self.builder.fadd(", "self.builder.fsub(", 1))
-    assert run(tmp_path) == "0 [[0.0, 0.0, 0.0]]", "another file than the kernel's own has changed"
 
 
-def test_kernels_run_where_nothing_can_be_kept(tmp_path):
-    shutil.copytree(KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "kernels" / "__pycache__").write_text("a file where the folder would be")
-    nowhere = str(tmp_path / "kernels" / "vectors.py" / "nowhere")  # not even root makes a folder in a file
-    assert run(tmp_path, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR=nowhere) == "0 [[32.0, 32.0, 32.0]]"
+@pytest.mark.parametrize("beside_the_sources", [True, False])
+def test_compiled_kernels_are_kept_until_any_source_changes(house, beside_the_sources):
+    if not beside_the_sources:
+        (house / "kernels" / "__pycache__").write_text("a file where the folder would be")
+    home = str(house / "home")
+    assert run(house, HOME=home) == f"0 {RIGHT}"
+    assert run(house, HOME=home) == f"1 {RIGHT}"
+    kept = house / "kernels" / "__pycache__" if beside_the_sources else house / "home" / ".cache" / "kvferry"
+    assert list(kept.glob("few_rows-*/**/*.nbc"))
+    break_sums(house)
+    assert run(house, HOME=home) == "0 [[0.0, 0.0, 0.0]]"
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_kept_code_that_is_damaged_is_made_again(house, kind):
+    assert run(house) == f"0 {RIGHT}"
+    (damaged,) = house.glob(f"kernels/__pycache__/few_rows-*/**/*.{kind}")
+    damaged.write_bytes(b"")
+    assert run(house) == f"0 {RIGHT}"
+    assert run(house) == f"0 {RIGHT}", "kept again"
+    assert run(house) == f"1 {RIGHT}"
+
+
+def test_kernels_run_where_nothing_can_be_kept(house):
+    (house / "kernels" / "__pycache__").write_text("a file where the folder would be")
+    nowhere = str(house / "kernels" / "vectors.py" / "nowhere")  # not even root makes a folder in a file
+    assert run(house, HOME=nowhere) == f"0 {RIGHT}"
+    assert run(house, NUMBA_CACHE_DIR=nowhere) == f"0 {RIGHT}"
 
 
 def test_a_team_is_as_large_as_torch_says():
