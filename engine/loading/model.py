@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,10 +64,9 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     fingerprint = fingerprint_of(folder, hf_config, dtype, progress)
     module = read_weights(folder, architecture(hf_config), getattr(torch, dtype), progress)
     module = module.to(device).eval().requires_grad_(False)
-    if can_pack(device, module.dtype):
-        pack_linears(module)
     progress("check", 0, 1)  # kernels are compiled here, the first time on a machine
-    self_check(module, layout, hf_config.vocab_size)
+    prepare = partial(pack_linears, module) if can_pack(device, module.dtype) else lambda: None
+    self_check(module, layout, hf_config.vocab_size, prepare)
     progress("check", 1, 1)
     if warning := check_known(hf_config):
         log.warning(warning)

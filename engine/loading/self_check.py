@@ -25,7 +25,7 @@ from kvferry.engine.inputs import lay_out
 from kvferry.kernels.workspace import Workspace
 
 CHECK_NAME = "kvferry-self-check"
-LENGTH, TAIL = 7, 3
+LENGTH, TAIL = 21, 3  # more than a block of the usual size
 REACH = 2**20  # mask rules are compared up to this position
 EXACT = 1e-3  # fp32, in deviations: rounding is far below
 KEYS_ROUNDED, LOGITS_ROUNDED = 0.05, 0.3  # half precisions, where an error grows from layer to layer
@@ -182,10 +182,14 @@ def plan_of(rows: list[tuple[list[int], int, list[int]]]) -> StepPlan:
 
 
 @torch.inference_mode()
-def self_check(module: PreTrainedModel, layout: BlockLayout, vocab_size: int) -> None:
-    """Raises IncompatibleNode, by name and with the reason, for a model that paged attention would get wrong."""
+def self_check(
+    module: PreTrainedModel, layout: BlockLayout, vocab_size: int, prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Raises IncompatibleNode, by name and with the reason, for a model that paged attention would get wrong.
+    `prepare` puts layers of our own into the module; it is called when the module has run as it was, so that what they
+    do is checked as well."""
     try:
-        run_twice(module, layout, vocab_size)
+        run_twice(module, layout, vocab_size, prepare)
     except IncompatibleNode as error:
         raise IncompatibleNode(f"{type(module).__name__} cannot be served: it {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -195,7 +199,7 @@ def self_check(module: PreTrainedModel, layout: BlockLayout, vocab_size: int) ->
         ) from error
 
 
-def run_twice(module: PreTrainedModel, layout: BlockLayout, vocab_size: int) -> None:
+def run_twice(module: PreTrainedModel, layout: BlockLayout, vocab_size: int, prepare: Callable[[], None]) -> None:
     device, dtype = next(module.parameters()).device, getattr(torch, layout.dtype)
     tokens = [(7919 * (i + 1)) % vocab_size for i in range(2 * LENGTH)]
     known, stranger = tokens[:LENGTH], tokens[LENGTH:]
@@ -213,6 +217,7 @@ def run_twice(module: PreTrainedModel, layout: BlockLayout, vocab_size: int) -> 
     if not expected.isfinite().all():
         raise IncompatibleNode(f"{NOT_NUMBERS} at its end; try another --dtype than {layout.dtype}")
 
+    prepare()
     pool = pool32.to(dtype, copy=True)
     rows = [(stranger, 0, others), (known[-TAIL:], LENGTH - TAIL, mine)]
     got = step(module, rows, pool, keep=TAIL)

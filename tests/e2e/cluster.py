@@ -252,6 +252,7 @@ class Cluster:
         return {who: what for who, what in work.items() if any(what.values())}
 
     def settle(self) -> None:
+        until(lambda: all(node["ready"] for node in self.nodes()["nodes"]), START_S, "every worker there")
         deadline = time.monotonic() + 5
         while busy := self.busy():
             assert time.monotonic() < deadline, f"not idle: {busy}"

@@ -174,7 +174,7 @@ def test_a_model_that_does_not_say_how_long_it_may_be():
         (lambda: small("GPTJConfig", n_embd=64, n_layer=2, n_head=4, rotary_dim=8), "0 of its 2 layers"),
         (lambda: small("FalconConfig", alibi=False), "0 of its 2 layers"),
         (lambda: small("CodeGenConfig", n_embd=64, n_layer=2, n_head=4, rotary_dim=8), "0 of its 2 layers"),
-        (lambda: small("DeepseekV3Config", **LATENT, **GROUPS), r"keys \(4, 7, 24\) and values \(4, 7, 16\)"),
+        (lambda: small("DeepseekV3Config", **LATENT, **GROUPS), r"keys \(4, 21, 24\) and values \(4, 21, 16\)"),
         (lambda: small("Llama4TextConfig", attention_chunk_size=16, num_local_experts=2), "position 16 does not see"),
         (lambda: small("Gemma3TextConfig", use_bidirectional_attention=True), "a mask of its own"),
         (lambda: small("DogeConfig"), "a mask of its own"),

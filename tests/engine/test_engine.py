@@ -186,6 +186,30 @@ def test_a_row_of_nan_is_nobody_elses(models, references):
         assert_greedy(references["llama"], prompt, tokens, 30)
 
 
+def test_a_chunk_of_nan_is_not_kept_for_others(models, references):
+    """A prompt's first chunk is broken: its request fails, and whoever sends the same computes it anew."""
+    prompt = prompt_of(100, 5)
+
+    async def main():
+        async with running(models["llama"], max_num_batched_tokens=32) as node:
+            logits = node.engine._runner.logits
+
+            def spoilt(plan):
+                assert len(plan.draws) == 0
+                return logits(plan) * float("nan")
+
+            node.engine._runner.logits = spoilt
+            with pytest.raises(NotANumber):
+                await node.ask(prompt, 5)
+            node.engine._runner.logits = logits
+            seq = node.sequence(prompt, 5)
+            tokens = await node.tokens(seq)
+            assert seq.num_reused == 0
+            return tokens
+
+    assert_greedy(references["llama"], prompt, asyncio.run(main()), 5)
+
+
 def test_a_longer_line_of_another_tenant_makes_way(models):
     """The one that came last in it is told to come again; nobody whose answer has begun is."""
 
