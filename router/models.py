@@ -1,6 +1,7 @@
 """The models that the workers run: by name, each with its tokenizer and its makers' sampling defaults."""
 
 import asyncio
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Models:
         if self._own_defaults:
             defaults = await asyncio.to_thread(load_defaults, place, revision)
         self.add(place, TextSide(tokenizer, defaults))
+        gc.freeze()  # what was imported and loaded stays; to look through it again and again costs requests a fifth
 
     def add(self, place: str, side: TextSide) -> None:
         self._sides[place] = side
