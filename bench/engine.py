@@ -2,7 +2,8 @@
 
     python bench/engine.py [--quick] [--json FILE] [--threads N]
 
-A 100M-parameter Llama, made on the spot, in fp32, and the headline again in bf16 (figures marked bf16_). Peers in the
+A 100M-parameter Llama, made on the spot, in fp32, and the headline again in bf16 (figures marked bf16_). Nine settings
+of batch and context, or with --quick two, against generate_batch in the shorter one only. Peers in the
 same run, interleaved, same dtype and threads: transformers' `generate` (static batch) and its continuous batching
 (`generate_batch`, where it can run in time); decode is compared to the better of the two. The limit is what a read-only
 stream takes over the weights and the KV of one step. Medians; ratios count, the rest describes this machine.
@@ -86,7 +87,7 @@ def main() -> None:
         figures |= {f"bf16_{name}": value for name, value in beside.items()}
     show(figures)
     if args.json:
-        run = {"seed": args.seed, "threads": args.threads, "rounds": args.rounds}
+        run = {"seed": args.seed, "threads": args.threads, "rounds": args.rounds, "quick": args.quick}
         machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "torch": torch.__version__}
         args.json.write_text(json.dumps({**figures, "run": run | machine}, indent=2) + "\n")
 
@@ -165,13 +166,13 @@ def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[t
         prompts = [prompt(context) for _ in range(batch)]
         kv = batch * context * model.layout.block_bytes / model.layout.block_size
         at = f"b{batch}_c{context}"
-        for _ in range(rounds if batch * context <= MANY_TOKENS else 1):
+        short = batch * context <= MOST_FOR_GENERATE_BATCH or ((batch, context) == HEADLINE and not args.quick)
+        for number in range(rounds if batch * context <= MANY_TOKENS else 1):
             note(f"engine_{at}", batch / engine_step_seconds(model, config, prompts, args.steps))
             note(f"generate_{at}", batch / peers.ask(generate_step_seconds, prompts, args.steps))
             note(f"limit_{at}", batch / ((weights + kv) / peers.ask(read_bytes_per_s)))
-        short = batch * context <= MOST_FOR_GENERATE_BATCH or (batch, context) == HEADLINE
-        if (batch, context) == SHORT or (short and not args.quick):
-            note(f"generate_batch_{at}", peers.ask(generate_batch_tokens_per_s, prompts, args.steps))
+            if short and (number == 0 or (batch, context) != HEADLINE):  # there it takes minutes
+                note(f"generate_batch_{at}", peers.ask(generate_batch_tokens_per_s, prompts, args.steps))
         names = [f"{who}_{at}" for who in ("engine", "generate", "generate_batch", "limit")]
         told = ", ".join(f"{name.rpartition('_b')[0]} {median(seen[name]):.1f}" for name in names if name in seen)
         print(f"{dtype} batch {batch} context {context}, tokens/s: {told}", flush=True)
@@ -330,7 +331,7 @@ class NoModel:
 def scheduler_us(model: LoadedModel, config: EngineConfig, running: int, vocab: int, steps: int = 200) -> float:
     """CPU time that a step of so many decoding sequences takes outside the model, on the event loop's thread and on the
     step's: scheduling, block tables, inputs, the choice of tokens out of `vocab`, telling streams that do nothing with
-    it. Median of the steps."""
+    it. (The attention's own look at block tables counts as the model's.) Median of the steps."""
     engine = Engine(dataclasses.replace(model, module=NoModel(running, vocab)), config)
     execute, loop_clock = engine._runner.execute, time.pthread_getcpuclockid(threading.get_ident())
     loop_at: list[float] = []
