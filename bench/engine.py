@@ -9,8 +9,8 @@ same run, interleaved, same dtype and threads: transformers' `generate` (static 
 stream takes over the weights and the KV of one step. Medians; ratios count, the rest describes this machine.
 
 Decoding begins at contexts that are there already, of random numbers: in the page pool as if pulled, in transformers'
-cache as if computed (not in `generate_batch`, which computes them, off the clock). Each peer has a process of its own,
-so that no OpenMP threads but its own stand in its way.
+cache as if computed (not in `generate_batch`, which computes them, off the clock). Each side and dtype has a process of
+its own, so that no OpenMP threads but its own stand in its way.
 """
 
 import argparse
@@ -35,17 +35,11 @@ from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
+from engine_peers import Peers, forward_seconds, generate_batch_tokens_per_s, generate_step_seconds, read_bytes_per_s
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.hashing import CacheScope, TenantKeys
@@ -82,8 +76,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         alone(make_model, Path(folder), args.seed)
         full = [HEADLINE, SHORT] if args.quick else [(b, c) for b in BATCHES for c in CONTEXTS]
-        figures = measure(Path(folder), args, "float32", full) | scheduler_figures(Path(folder), args)
-        beside = measure(Path(folder), args, "bfloat16", [HEADLINE, SHORT])
+        figures = apart(measure, Path(folder), args, "float32", full)
+        figures |= apart(scheduler_figures, Path(folder), args)
+        beside = apart(measure, Path(folder), args, "bfloat16", [HEADLINE, SHORT])
         figures |= {f"bf16_{name}": value for name, value in beside.items()}
     show(figures)
     if args.json:
@@ -112,38 +107,17 @@ def alone(work: Callable[..., Result], *args: object) -> Result:
     return results[0]
 
 
+def apart(work: Callable[..., Result], *args: object) -> Result:
+    """`work(*args)` in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *args).result()
+
+
 def engine_config(folder: Path, args: argparse.Namespace, dtype: str) -> EngineConfig:
     return EngineConfig(
         model=str(folder), dtype=dtype, device="cpu", threads=args.threads, max_num_batched_tokens=CHUNK,
         max_num_seqs=256, kv_cache_bytes=4 * 2**30,
     )  # fmt: skip
-
-
-class Peers:
-    """Transformers in processes of their own: `generate`, `generate_batch`, and a stream that only reads."""
-
-    def __init__(self, folder: Path, dtype: str, threads: int):
-        spawn = multiprocessing.get_context("spawn")
-        self._of = {
-            work: ProcessPoolExecutor(1, spawn, become_peer, (str(folder), dtype, threads))
-            for work in (generate_step_seconds, forward_seconds, generate_batch_tokens_per_s, read_bytes_per_s)
-        }
-        self._of[forward_seconds] = self._of[generate_step_seconds]
-
-    def ask(self, work: Callable[..., float], *args: object) -> float:
-        return self._of[work].submit(work, *args).result()
-
-    def close(self) -> None:
-        for process in self._of.values():
-            process.shutdown()
-
-
-def become_peer(folder: str, dtype: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    peer.append(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval())
-
-
-peer: list[LlamaForCausalLM] = []  # of a peer's process
 
 
 def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[tuple[int, int]]) -> dict[str, float]:
@@ -176,9 +150,9 @@ def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[t
         names = [f"{who}_{at}" for who in ("engine", "generate", "generate_batch", "limit")]
         told = ", ".join(f"{name.rpartition('_b')[0]} {median(seen[name]):.1f}" for name in names if name in seen)
         print(f"{dtype} batch {batch} context {context}, tokens/s: {told}", flush=True)
-    some = prompt(PREFILL)
     for _ in range(2 * rounds + 1):
-        note("prefill_engine_s", prefill_seconds(model, config, some))
+        some = prompt(PREFILL)
+        note("prefill_engine_s", prefill_seconds(model, config, prompt(PREFILL), some))
         note("prefill_transformers_s", peers.ask(forward_seconds, some))
     peers.close()
     return summarise(seen, settings)
@@ -208,14 +182,17 @@ def summarise(seen: dict[str, list[float]], settings: list[tuple[int, int]]) -> 
     return figures | {name: median(values) for name, values in seen.items()}
 
 
+def new_scope(engine: Engine) -> CacheScope:
+    keys = TenantKeys.derive(secrets.token_bytes(32), "bench", secrets.token_bytes(32))
+    return CacheScope(keys, engine.model.fingerprint, engine.model.layout)
+
+
 async def drive(
     engine: Engine, prompts: list[list[int]], new_tokens: int, told: bool = True, there: bool = False
 ) -> list[list[float]]:
     """Generate for all prompts at once; the moment of each token, by prompt, if they are to be `told`. `there`: their
     KV is in the pool, whatever it holds."""
-    keys = TenantKeys.derive(secrets.token_bytes(32), "bench", secrets.token_bytes(32))
-    scope = CacheScope(keys, engine.model.fingerprint, engine.model.layout)
-    params = SamplingParams(max_tokens=new_tokens, temperature=0)
+    scope, params = new_scope(engine), SamplingParams(max_tokens=new_tokens, temperature=0)
 
     async def restore(seq: Sequence) -> None:
         if there:
@@ -253,69 +230,31 @@ def engine_step_seconds(model: LoadedModel, config: EngineConfig, prompts: list[
     return median(late - early for early, late in pairwise(own[: steps + 1]))
 
 
-def prefill_seconds(model: LoadedModel, config: EngineConfig, prompt: list[int]) -> float:
+def prefill_seconds(model: LoadedModel, config: EngineConfig, before: list[int], prompt: list[int]) -> float:
+    """From asking for a prompt to its first token, by an engine that has computed another one `before`."""
     engine = Engine(model, config)
-    engine.memory.tensor[: 2 * len(prompt) // config.block_size].zero_()  # else the system clears it, page by page
-    started = time.perf_counter()
-    return asyncio.run(drive(engine, [prompt], 1))[0][0] - started
 
+    async def one_after_the_other() -> float:
+        started = []
 
-class Moments(LogitsProcessor):
-    """Notes when each step of `generate` has its logits."""
+        async def ask(tokens: list[int]) -> None:
+            started.append(time.perf_counter())
+            seq = engine.new_sequence("bench", scope, tokens, len(tokens), params, 1)
+            await engine.generate(seq, nothing_stored, lambda event: None)
 
-    def __init__(self) -> None:
-        self.at: list[float] = []
+        async def nothing_stored(_: Sequence) -> None:
+            return
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.at.append(time.perf_counter())
-        return scores
+        scope, params = new_scope(engine), SamplingParams(max_tokens=1, temperature=0)
+        loop = asyncio.create_task(engine.run())
+        await ask(before)
+        await ask(prompt)
+        ended = time.perf_counter()
+        engine.stop()
+        await loop
+        return ended - started[-1]
 
-
-@torch.inference_mode()
-def generate_step_seconds(prompts: list[list[int]], steps: int) -> float:
-    model, moments, tokens = peer[0], Moments(), torch.tensor(prompts)
-    config, there = model.config, DynamicCache(config=model.config)
-    for layer in range(config.num_hidden_layers):
-        shape = (len(prompts), config.num_key_value_heads, tokens.shape[1] - 1, config.head_dim)
-        there.update(*(torch.randn(shape, dtype=model.dtype) for _ in range(2)), layer)
-    model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps + 1, do_sample=False, pad_token_id=0,
-        logits_processor=[moments], past_key_values=there,
-    )  # fmt: skip
-    assert len(moments.at) == steps + 1
-    return median(late - early for early, late in pairwise(moments.at))
-
-
-def generate_batch_tokens_per_s(prompts: list[list[int]], steps: int) -> float:
-    """Tokens a second between a short and a longer call: neither its start nor its prefill counts. The first call pays
-    for more than its start, and is left out."""
-
-    def seconds(new_tokens: int) -> float:
-        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        return timed(lambda: peer[0].generate_batch(inputs=prompts, generation_config=config, progress_bar=False))
-
-    seconds(steps)
-    return len(prompts) * 2 * steps / (seconds(3 * steps) - seconds(steps))
-
-
-@torch.inference_mode()
-def forward_seconds(prompt: list[int]) -> float:
-    started = time.perf_counter()
-    peer[0](torch.tensor([prompt]), logits_to_keep=1)
-    return time.perf_counter() - started
-
-
-def read_bytes_per_s(size: int = 2**28) -> float:
-    """A read-only stream over memory that no cache holds."""
-    data = torch.ones(size // 4)
-    data.sum()
-    return median(size / timed(data.sum) for _ in range(3))
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    return asyncio.run(one_after_the_other())
 
 
 class NoModel:
