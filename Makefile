@@ -15,6 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@
+	@echo "installed; next: make demo, or $(BIN)/kvferry serve demo"
 
 demo: setup
 	@$(BIN)/kvferry demo --model $(MODEL)

@@ -13,7 +13,9 @@ import typer
 
 from kvferry.cli.run import plain_errors
 
-TenantsPath = Annotated[Path, typer.Option("--tenants-file", help="The tenants file.")]
+TenantsPath = Annotated[
+    Path, typer.Option("--tenants-file", envvar="KVFERRY_ROUTER_TENANTS_FILE", help="The tenants file.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(no_args_is_help=True, help="List and erase tenants; `kvferry keys create` makes them.")

@@ -23,7 +23,13 @@ class Unauthenticated(KvferryError):
 
 
 class NotFound(KvferryError):
-    """The route or the model does not exist here."""
+    """The route does not exist here."""
+
+
+class ModelNotFound(KvferryError):
+    """No worker has ever announced a model of that name here."""
+
+    param = "model"
 
 
 class MethodNotAllowed(KvferryError):
@@ -97,6 +103,7 @@ OUTCOMES: dict[type[KvferryError], Outcome] = {
     InvalidRequest: Outcome(400, "INVALID_ARGUMENT", "invalid_request_error", "invalid_request"),
     Unauthenticated: Outcome(401, "UNAUTHENTICATED", "authentication_error", "invalid_api_key"),
     NotFound: Outcome(404, "NOT_FOUND", "invalid_request_error", "not_found"),
+    ModelNotFound: Outcome(404, None, "invalid_request_error", "model_not_found"),
     MethodNotAllowed: Outcome(405, "UNIMPLEMENTED", "invalid_request_error", "method_not_allowed"),
     TooLarge: Outcome(413, "OUT_OF_RANGE", "invalid_request_error", "request_too_large"),
     HeadersTooLarge: Outcome(431, None, "invalid_request_error", "headers_too_large"),

@@ -122,7 +122,9 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
-    "length_penalty": (1,), "use_beam_search": (False,), "allowed_token_ids": ([],),
+    "length_penalty": (1,), "use_beam_search": (False,), "early_stopping": (False,), "detokenize": (True,),
+    "kv_transfer_params": (), "mm_processor_kwargs": (), "request_id": (ANYTHING,), "structured_outputs": (),
+    "guided_json": (), "guided_choice": (), "guided_regex": (), "guided_grammar": (), "allowed_token_ids": ([],),
     "spaces_between_special_tokens": (True, False), "truncate_prompt_tokens": (), "user": (ANYTHING,),
     "metadata": (ANYTHING,), "store": (False,), "service_tier": ("auto", "default"),
     "safety_identifier": (ANYTHING,), "prompt_cache_key": (ANYTHING,), "prompt_cache_retention": (ANYTHING,),

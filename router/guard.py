@@ -18,6 +18,7 @@ from kvferry.router.refusals import error_response, told_of, too_large, too_slow
 GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 FIRST_LINE_REST = len("  HTTP/1.1\r\n")  # beside the method and the path
 LINE_REST = len(": \r\n")
+PROBES = ("/health", "/ready")  # asked again and again; they are told of nowhere
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -55,7 +56,11 @@ def guard(limits: Limits, metrics: Metrics) -> Callable[[web.Request, Handler], 
         outcome = outcome_of(error)
         if not request.get("counted"):
             metrics.requests.labels(outcome.code).inc()
-        log.info("%s refused: %d %s", request.method, outcome.http, outcome.code)
+        if request.path not in PROBES:
+            where = request.match_info.route.resource  # what a client made up is not written down
+            path = "an unknown path" if where is None else where.canonical
+            about = getattr(error, "param", None) or "the request"
+            log.info("%s %s refused: %d %s, for %s", request.method, path, outcome.http, outcome.code, about)
         return error_response(error, request["id"])
 
     return guarded

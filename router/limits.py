@@ -25,6 +25,7 @@ class Limits:
     write_s: float = _limit(30.0, "How long a client may read nothing while there is something to read.")
     json_depth: int = _limit(32, "How deep objects and lists of a body may be nested.")
     prompts: int = _limit(128, "Prompts of a batch.")
+    prompt_chars: int = _limit(2**20, "Characters of all prompts of a request that are text.")
     prompt_tokens: int = _limit(2**20, "Tokens of all prompts of a request.")
     n: int = _limit(128, "Answers to a prompt.")
     choices: int = _limit(256, "Answers of a request: prompts times n.")

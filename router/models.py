@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from kvferry.common.errors import ConfigError, InvalidRequest, NotFound, Unavailable
+from kvferry.common.errors import ConfigError, InvalidRequest, ModelNotFound, Unavailable
 from kvferry.router.defaults import NO_DEFAULTS, SamplingDefaults, load_defaults
 from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import least_loaded
@@ -94,8 +94,8 @@ class Models:
         return self._names
 
     def name_of(self, asked: str | None) -> str:
-        """The name of the model that a request is for. Raises NotFound, InvalidRequest for a request that leaves open
-        which of several, Unavailable as long as no worker has come."""
+        """The name of the model that a request is for. Raises ModelNotFound, InvalidRequest for a request that leaves
+        open which of several, Unavailable as long as no worker has come."""
         known = self._known()
         if asked in known:
             return asked
@@ -103,7 +103,8 @@ class Models:
             raise Unavailable(self._nodes.missing())
         told = ", ".join(repr(name) for name in sorted(known))
         if asked is not None:
-            raise NotFound(f"the model {asked[:64]!r} is not served here; {told} {'are' if len(known) > 1 else 'is'}")
+            verb = "are" if len(known) > 1 else "is"
+            raise ModelNotFound(f"the model {asked[:64]!r} is not served here; {told} {verb}")
         if len(known) > 1:
             raise InvalidRequest(f"model is missing; send one of {told}", "model")
         return next(iter(known))

@@ -4,7 +4,7 @@ A request is never quietly served as another one. Every refusal is an `InvalidRe
 field in `param` and repeats no text of the client's other than field names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -194,6 +194,19 @@ def _check(request: GenerationRequest, limits: Limits) -> None:
         raise InvalidRequest("prompt_logprobs is only told in an answer that is not streamed; leave it or stream out",
                              "prompt_logprobs")  # fmt: skip
     check_prompt_tokens(sum(len(prompt) for prompt in request.prompts if isinstance(prompt, tuple)), "prompt", limits)
+    check_prompt_chars(request.prompts, "prompt" if request.kind == "completion" else "messages", limits)
+
+
+def check_prompt_chars(prompts: Sequence[Prompt], field: str, limits: Limits) -> None:
+    """Raise InvalidRequest for more text than a request may have: to tokenise it keeps others waiting."""
+    conversations = [prompt for prompt in prompts if isinstance(prompt, Conversation)]
+    count = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    count += sum(len(message.content) for one in conversations for message in one.messages)
+    if count > limits.prompt_chars:
+        raise InvalidRequest(
+            f"{field} has {count} characters in all; this server takes at most {limits.prompt_chars} in a request",
+            field,
+        )
 
 
 def check_prompt_tokens(count: int, field: str, limits: Limits) -> None:

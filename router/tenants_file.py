@@ -73,7 +73,7 @@ class KeyLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TenantLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    tenant_salt: str
+    tenant_salt: str = ""
     limits: LimitsTable = {}
 
     __repr__ = object.__repr__
@@ -128,6 +128,7 @@ def read_file(path: Path) -> TenantsFile:
 def write_file(path: Path, file: TenantsFile) -> None:
     """Replace the file in one step; mode 0600. Raises ConfigError."""
     lines = ["# kvferry tenants. Secret: anyone who reads this can read every tenant's cache.",
+             "# Limits are set by hand; `kvferry keys` and `kvferry tenants` do not keep comments when they write it.",
              f'cluster_secret = "{file.cluster_secret}"']  # fmt: skip
     lines += _table("limits", file.limits)
     for name, tenant in file.tenants.items():
@@ -200,7 +201,9 @@ def _faults(file: TenantsFile) -> Iterator[str]:
     for name, line in file.tenants.items():
         if not TENANT_NAME.fullmatch(name):
             yield f"{name!r} cannot be a tenant's name"
-        if not _is_hex(line.tenant_salt, TENANT_SALT_BYTES):
+        if not line.tenant_salt:
+            yield f"{name} has no tenant_salt; take it out, run `kvferry keys create {name}`, then set its limits"
+        elif not _is_hex(line.tenant_salt, TENANT_SALT_BYTES):
             yield f"tenant_salt of {name} must have {2 * TENANT_SALT_BYTES} hex digits"
         yield from _faults_of_limits(f"the limits of {name}", line.limits)
     seen = {NO_KEY}

@@ -8,7 +8,7 @@ from kvferry.common.errors import InvalidRequest
 from kvferry.router.bodies import NEUTRAL_TOKENIZE, DetokenizeBody, TokenizeBody
 from kvferry.router.fields import parse_json
 from kvferry.router.limits import Limits
-from kvferry.router.openai import check_prompt_tokens, conversation, convert
+from kvferry.router.openai import check_prompt_chars, check_prompt_tokens, conversation, convert
 from kvferry.router.text import Tokenizer, check_token_ids
 from kvferry.router.values import token_ids
 
@@ -51,6 +51,7 @@ def parse_detokenize(body: bytes, limits: Limits) -> DetokenizeBody:
 async def tokenize(asked: TokenizeBody, tokenizer: Tokenizer, max_model_len: int, limits: Limits) -> Tokenized:
     """Raises InvalidRequest."""
     prompt: Any = asked.prompt if asked.messages is None else conversation(asked)
+    check_prompt_chars([prompt], "prompt" if asked.messages is None else "messages", limits)
     tokens = await tokenizer.encode(prompt, asked.add_special_tokens)
     check_prompt_tokens(len(tokens), "prompt" if asked.messages is None else "messages", limits)
     names = tokenizer.names(tokens) if asked.return_token_strs else None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import byte_tokenizer
 
-from kvferry.common.errors import ConfigError, InvalidRequest, NotFound, Unavailable
+from kvferry.common.errors import ConfigError, InvalidRequest, ModelNotFound, Unavailable
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.router import models as models_module
 from kvferry.router.defaults import SamplingDefaults
@@ -91,7 +91,7 @@ def test_requests_are_for_one_of_several_models(loads):
         assert [(name, longest) for name, _, longest in models.up()] == [("a", 64), ("b", 32)]
         assert [node.address for node in models.decode("b")] == [DECODE[0]]
         assert {node.address for node in models.decode("a")} == set(DECODE[1:])
-        with pytest.raises(NotFound, match="'c' is not served here; 'a', 'b' are"):
+        with pytest.raises(ModelNotFound, match="'c' is not served here; 'a', 'b' are"):
             models.name_of("c")
         with pytest.raises(InvalidRequest, match="model is missing; send one of 'a', 'b'"):
             models.name_of(None)
