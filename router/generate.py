@@ -93,11 +93,12 @@ class Generator:
                 self._idle.set()
             self._metrics.open_requests.set(self._open)
             self._metrics.requests.labels(outcome).inc()
-            log.info(
-                "%s for tenant %s: %s, %d prompt tokens, %d generated, %.0f ms",
-                asked.kind, tenant.keys.pseudonym, outcome, sum(record.prompt_tokens for record in records),
-                sum(record.output_tokens for record in records), 1e3 * (self._clock.now() - arrived),
-            )  # fmt: skip
+            if outcome in ("ok", "cancelled"):  # else the refusal is told of
+                log.info(
+                    "%s for tenant %s: %s, %d prompt tokens, %d generated, %.0f ms",
+                    asked.kind, tenant.keys.pseudonym, outcome, sum(record.prompt_tokens for record in records),
+                    sum(record.output_tokens for record in records), 1e3 * (self._clock.now() - arrived),
+                )  # fmt: skip
             for record in records:
                 self._metrics.count(record)
 

@@ -52,7 +52,7 @@ def test_every_prompt_token_is_accounted_for_once(llama, prompts):
 def test_refusals_are_counted(llama):
     """Also those that end before anything is computed."""
     told = metrics(llama)
-    for model, prompt, code in (("nobody", [1], "not_found"), ("llama", [], "invalid_request")):
+    for model, prompt, code in (("nobody", [1], "model_not_found"), ("llama", [], "invalid_request")):
         key = ("kvferry_requests_total", frozenset({("outcome", code)}))
         body = {"model": model, "prompt": prompt, "max_tokens": 1}
         credentials = {"Authorization": f"Bearer {llama.key}"}
@@ -136,7 +136,7 @@ def test_one_model(name, llama):
     assert one.json() == llama.http.get("/v1/models", headers=key).json()["data"][0]
     assert llama.http.get("/v1/models/llama").status_code == 401
     answer = llama.http.get(f"/v1/models/{name}", headers=key)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert name in answer.json()["error"]["message"]
 
 

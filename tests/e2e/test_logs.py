@@ -46,7 +46,10 @@ def test_lines_of_a_request_have_its_id_and_a_role(cluster, prompts, probe_of):
     assert ask(cluster, "a-bad-block", prompt) == 200
     cluster.settle()
     found = requests_of(cluster)
-    assert "POST refused: 404" in found["router", "refused"][0]
+    refusal = "POST /v1/completions refused: 404 model_not_found, for model"
+    assert refusal in found["router", "refused"][0]
+    answered = r"completion for tenant [0-9a-f]{16}: ok, 160 prompt tokens, \d+ generated, \d+ ms"
+    assert re.search(answered, found["router", "a-first"][0])
     assert re.search(r"a block in slot \d+ failed verification", found["decode", "a-bad-block"][0])
 
 
@@ -93,6 +96,6 @@ def test_no_prompt_no_key_no_name_is_in_a_log(cluster, prompts, keys, folder, pr
         "a tenant's salt": [tenant["tenant_salt"] for tenant in file["tenants"].values()],
         "a block's name": [shown for name in names for shown in (name.hex(), repr(name)[2:-1], str(list(name))[1:-1])],
     }
-    assert "POST refused: 401" in log
+    assert "POST /v1/completions refused: 401" in log
     assert [what for what, shown in secrets.items() if any(one in log for one in shown)] == []
     assert all(line["role"] in ("serve", "store", "prefill", "decode", "router") for line in lines_of(cluster))

@@ -157,7 +157,7 @@ def test_a_stream_cut_short(cluster, client, model):
         ({"temperature": 3}, openai.BadRequestError, 400, "temperature"),
         ({"extra_body": {"suffix": "x"}}, openai.BadRequestError, 400, "suffix"),
         ({"logit_bias": {"9000": 1}}, openai.BadRequestError, 400, "logit_bias"),
-        ({"model": "gpt-17"}, openai.NotFoundError, 404, None),
+        ({"model": "gpt-17"}, openai.NotFoundError, 404, "model"),
         ({"prompt": "x" * 200_000}, openai.APIStatusError, 413, None),
         ({"extra_body": {"timeout": 0.05}, "max_tokens": 900}, openai.InternalServerError, 504, None),
     ],

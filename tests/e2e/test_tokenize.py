@@ -56,13 +56,13 @@ def test_nothing(post):
         ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, 400, "chat_template_kwargs"),
         ("/tokenize", {"prompt": "a", "max_tokens": 5}, 400, "max_tokens"),
         ("/tokenize", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
-        ("/tokenize", {"prompt": "a", "model": "nobody"}, 404, None),
+        ("/tokenize", {"prompt": "a", "model": "nobody"}, 404, "model"),
         ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": "a"}, 400, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, 400, "tokens"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
         ("/detokenize", {"tokens": [300]}, 400, "tokens"),
-        ("/detokenize", {"tokens": [1], "model": "nobody"}, 404, None),
+        ("/detokenize", {"tokens": [1], "model": "nobody"}, 404, "model"),
     ],
 )
 def test_refusals(path, body, status, param, post, llama):
