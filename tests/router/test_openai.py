@@ -313,6 +313,17 @@ def at(limits: Limits, kind: str = "completion", **fields: Any) -> str | None:
     return None
 
 
+def test_how_much_text_a_request_may_have():
+    """All prompts together, and all messages; token ids are no text."""
+    limits = Limits(prompt_chars=10)
+    assert [at(limits, prompt="x" * length) for length in (9, 10, 11)] == [None, None, "prompt"]
+    assert [at(limits, prompt=["x" * 5, "x" * length]) for length in (4, 5, 6)] == [None, None, "prompt"]
+    assert at(limits, prompt=[65] * 11) is None
+    for length, refused in ((4, None), (5, None), (6, "messages")):
+        messages = [{"role": "user", "content": "x" * 5}, {"role": "user", "content": "x" * length}]
+        assert at(limits, "chat", messages=messages) == refused
+
+
 SMALL = Limits(
     stops=3, stop_chars=4, stop_token_ids=3, bad_words=3, bad_word_chars=4, logit_bias=3, logprobs=3, n=3, prompts=3,
     choices=6, prompt_tokens=6,
