@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+WEIGHTS = (1e-3, 1e3)  # the least and the most that a tenant's share may be of another's
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

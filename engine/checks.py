@@ -3,12 +3,11 @@
 import math
 
 from kvferry.common.errors import InvalidRequest
-from kvferry.common.sampling import SamplingParams
+from kvferry.common.sampling import WEIGHTS, SamplingParams
 
 UNIT = (0.0, 1.0)
 ANY = (-math.inf, math.inf)
 POSITIVE = (math.ulp(0.0), math.inf)
-WEIGHTS = (1e-3, 1e3)
 RANGES = {
     "temperature": (0.0, math.inf),
     "top_p": UNIT,

@@ -1,8 +1,7 @@
-"""Paged attention on the CPU in plain torch operators, without fresh memory for what it gathers. Held to `reference`,
-its twin.
+"""Paged attention on the CPU. Held to `reference`, its twin.
 
-Keys and values are gathered from their blocks as whole `[block_size, head_dim]` tiles. Rows of one token are in
-`cpu_decode`; those of several are attended to here, one by one.
+Rows of one token are in `cpu_decode`. Those of several are attended to here, one by one, in plain torch operators: keys
+and values are gathered from their blocks as whole `[block_size, head_dim]` tiles, into memory that is kept.
 """
 
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class CpuAttention:
     """
 
     def __init__(self, pool: torch.Tensor, workspace: Workspace, ragged: Ragged, slot_mapping: torch.Tensor):
-        _, self._kv_heads, self._layers, _, self._block_size, self._head_dim = pool.shape
+        _, self._kv_heads, _, _, self._block_size, self._head_dim = pool.shape
         self._pool, self._workspace, self._ragged = pool, workspace, ragged
         self._longest = int(ragged.contexts.max())
         self._rows: dict[tuple[int | None, bool], Rows] = {}

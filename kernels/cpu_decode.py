@@ -1,10 +1,9 @@
 """Attention of rows of one token each, on the CPU: what all layers share is prepared once a step, and a layer is one
 call of a compiled kernel."""
 
-import numpy as np
 import torch
 
-from kvferry.kernels.decode_kernel import CALL, ENTRIES, PIECE, decode_kernel, scratch_floats
+from kvferry.kernels.decode_kernel import ENTRIES, PIECE, Call, decode_kernel, scratch_floats
 from kvferry.kernels.reference import Ragged, Scoring
 from kvferry.kernels.workspace import Workspace
 
@@ -25,25 +24,23 @@ class CpuDecode:
         shape = (self._threads, scratch_floats(group, head_dim))
         self._scratch = workspace.take("scratch", shape, torch.float32)
         self._partial = workspace.take("partial", (len(self._pieces), heads, head_dim + 2), torch.float32)
-        self._call = np.zeros((), CALL)  # of addresses in what this object holds
-        for name, value in {
-            "rows": len(rows),
-            "kv_heads": kv_heads,
-            "group": group,
-            "head_dim": head_dim,
-            "block_size": block_size,
-            "block_stride": pool.stride(0),
-            "head_stride": pool.stride(1),
-            "query": self._query.data_ptr(),
-            "count": len(self._pieces),
-            "pieces": self._pieces.data_ptr(),
-            "first": self._first.data_ptr(),
-            "width": self._tables.shape[1],
-            "tables": self._tables.data_ptr(),
-            "partial": self._partial.data_ptr(),
-            "scratch": self._scratch.data_ptr(),
-        }.items():
-            self._call[name] = value
+        self._call = Call(  # addresses of what this object holds
+            rows=len(rows),
+            kv_heads=kv_heads,
+            group=group,
+            head_dim=head_dim,
+            block_size=block_size,
+            block_stride=pool.stride(0),
+            head_stride=pool.stride(1),
+            query=self._query.data_ptr(),
+            count=len(self._pieces),
+            pieces=self._pieces.data_ptr(),
+            first=self._first.data_ptr(),
+            width=self._tables.shape[1],
+            tables=self._tables.data_ptr(),
+            partial=self._partial.data_ptr(),
+            scratch=self._scratch.data_ptr(),
+        )
 
     @staticmethod
     def takes(ragged: Ragged, dtype: torch.dtype) -> bool:
@@ -58,10 +55,10 @@ class CpuDecode:
         attended = out if straight else torch.empty_like(self._query)
         start = layer * self._pool.stride(2)
         sinks = None if scoring.sinks is None else scoring.sinks.to(torch.float32).contiguous()
-        self._call["keys"] = self._pool.data_ptr() + start * self._pool.element_size()
-        self._call["sinks"] = 0 if sinks is None else sinks.data_ptr()
-        self._call["softcap"] = scoring.softcap or 0.0
-        self._call["out"] = attended.data_ptr()
+        self._call.keys = self._pool.data_ptr() + start * self._pool.element_size()
+        self._call.sinks = 0 if sinks is None else sinks.data_ptr()
+        self._call.softcap = scoring.softcap or 0.0
+        self._call.out = attended.data_ptr()
         self._kernel.run(self._call, self._threads)
         if not straight:
             out.index_copy_(0, self._tokens, attended.to(out.dtype))

@@ -6,11 +6,12 @@ positions, so that a row's result depends neither on the other rows nor on the n
 """
 
 from collections.abc import Callable
+from ctypes import Structure, c_float, c_int64
 from functools import cache
 
 import numpy as np
 import torch
-from numba import carray, from_dtype, njit
+from numba import carray, njit
 
 from kvferry.kernels.native import (
     FAST,
@@ -22,8 +23,8 @@ from kvferry.kernels.native import (
     halves_at,
     integers_at,
     lanes,
-    pointer_to,
     reads_halves,
+    record_at,
     thread,
     threads,
     wide,
@@ -39,37 +40,38 @@ f32, i32 = np.float32, np.int32
 LEAST = np.finfo(np.float32).min
 
 
-# What a call is given; names of arrays are their addresses.
-CALL = np.dtype(
-    [
-        ("rows", np.int64),
-        ("kv_heads", np.int64),
-        ("group", np.int64),
-        ("head_dim", np.int64),
-        ("block_size", np.int64),
-        ("block_stride", np.int64),  # elements from a block to the next
-        ("head_stride", np.int64),  # elements from a block's KV head to the next
-        ("keys", np.int64),  # a layer's, in the first block; its values are behind them
-        ("query", np.int64),  # fp32 [rows, kv_heads, group, head_dim], scaled
-        ("out", np.int64),  # fp32, of the same shape
-        ("count", np.int64),
-        ("pieces", np.int64),  # int64 [count, 3]: row, first position, position after the last
-        ("first", np.int64),  # int64 [rows + 1]: where each row's pieces begin
-        ("width", np.int64),
-        ("tables", np.int64),  # int64 [rows, width]
-        ("partial", np.int64),  # fp32 [count, kv_heads, group, head_dim + 2], to work with
-        ("scratch", np.int64),  # fp32 [threads, scratch_floats(group, head_dim)], to work with
-        ("sinks", np.int64),  # fp32 [kv_heads, group], or 0
-        ("softcap", np.float32),  # or 0
-    ],
-    align=True,
-)
-call_at = pointer_to(from_dtype(CALL))
+class Call(Structure):
+    """What the kernel is given; names of arrays are their addresses."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("kv_heads", c_int64),
+        ("group", c_int64),
+        ("head_dim", c_int64),
+        ("block_size", c_int64),
+        ("block_stride", c_int64),  # elements from a block to the next
+        ("head_stride", c_int64),  # elements from a block's KV head to the next
+        ("keys", c_int64),  # a layer's, in the first block; its values are behind them
+        ("query", c_int64),  # fp32 [rows, kv_heads, group, head_dim], scaled
+        ("out", c_int64),  # fp32, of the same shape
+        ("count", c_int64),
+        ("pieces", c_int64),  # int64 [count, 3]: row, first position, position after the last
+        ("first", c_int64),  # int64 [rows + 1]: where each row's pieces begin
+        ("width", c_int64),
+        ("tables", c_int64),  # int64 [rows, width]
+        ("partial", c_int64),  # fp32 [count, kv_heads, group, head_dim + 2], to work with
+        ("scratch", c_int64),  # fp32 [threads, scratch_floats(group, head_dim)], to work with
+        ("sinks", c_int64),  # fp32 [kv_heads, group], or 0
+        ("softcap", c_float),  # or 0
+    )
+
+
+call_at = record_at(Call)
 
 
 @cache
 def decode_kernel(dtype: torch.dtype) -> Kernel:
-    """The kernel for a pool of this dtype, one of `ENTRIES`; it takes a `CALL`."""
+    """The kernel for a pool of this dtype, one of `ENTRIES`; it takes a `Call`."""
     return Kernel(ENTRIES[dtype])
 
 
@@ -192,17 +194,25 @@ def add(weights, values, count, sums, group, dim, later):
 
 
 @njit(fastmath=FAST)
+def span(page, table, begin, end, sizes):
+    """What of a block lies between two positions: the element that it begins with, that of the block to be fetched
+    meanwhile, how many positions, and the first one's distance from `begin`."""
+    _, dim, block_size, block, head = sizes
+    left, right = max(begin, page * block_size), min(end, (page + 1) * block_size)
+    ahead = min(page + AHEAD, (end - 1) // block_size)
+    at = table[page] * block + head + (left - page * block_size) * dim
+    return at, table[ahead] * block + head, right - left, left - begin
+
+
+@njit(fastmath=FAST)
 def attend(query, keys, values, table, begin, end, sizes, softcap, scratch, partial):
     """One piece of one KV head, to `partial[group, dim + 2]`: sums, the largest score, the weights' sum."""
-    group, dim, block_size, block, head = sizes
+    group, dim, block_size = sizes[:3]
     scores, sums = scratch, onward(scratch, group * PIECE)
-    first, last = begin // block_size, (end - 1) // block_size
-    for page in range(first, last + 1):
-        at, later = table[page] * block + head, table[min(page + AHEAD, last)] * block + head
-        left, right = max(begin, page * block_size), min(end, (page + 1) * block_size)
-        skipped = (left - page * block_size) * dim
-        own = onward(scores, left - begin)
-        score(query, onward(keys, at + skipped), right - left, own, group, dim, onward(keys, later))
+    pages = range(begin // block_size, (end - 1) // block_size + 1)
+    for page in pages:
+        at, later, count, place = span(page, table, begin, end, sizes)
+        score(query, onward(keys, at), count, onward(scores, place), group, dim, onward(keys, later))
     rows = carray(scores, (group, PIECE))
     for g in range(group):
         own_scores = rows[g, : end - begin]
@@ -212,12 +222,9 @@ def attend(query, keys, values, table, begin, end, sizes, softcap, scratch, part
         partial[g, dim + 1] = weigh(own_scores, partial[g, dim])
     totals = carray(sums, (group, dim))
     totals[:] = f32(0)
-    for page in range(first, last + 1):
-        at, later = table[page] * block + head, table[min(page + AHEAD, last)] * block + head
-        left, right = max(begin, page * block_size), min(end, (page + 1) * block_size)
-        skipped = (left - page * block_size) * dim
-        own = onward(scores, left - begin)
-        add(own, onward(values, at + skipped), right - left, sums, group, dim, onward(values, later))
+    for page in pages:
+        at, later, count, place = span(page, table, begin, end, sizes)
+        add(onward(scores, place), onward(values, at), count, sums, group, dim, onward(values, later))
     partial[:, :dim] = totals
 
 

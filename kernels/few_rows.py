@@ -5,11 +5,11 @@ Two rows of the weight at a time are multiplied with up to eight of the input, w
 """
 
 from collections.abc import Callable
+from ctypes import Structure, c_int64
 from functools import cache
 
-import numpy as np
 import torch
-from numba import carray, from_dtype, njit
+from numba import carray, njit
 
 from kvferry.kernels.native import (
     FAST,
@@ -17,8 +17,8 @@ from kvferry.kernels.native import (
     bfloats_at,
     floats_at,
     halves_at,
-    pointer_to,
     reads_halves,
+    record_at,
     thread,
     threads,
 )
@@ -27,33 +27,43 @@ from kvferry.kernels.vectors import onward, products
 MOST_ROWS = 24  # for more, arithmetic counts
 TOGETHER = 2  # rows of the weight
 
-# What a call is given; names of arrays are their addresses, contiguous.
-CALL = np.dtype(
-    [
-        ("rows", np.int64),
-        ("inputs", np.int64),
-        ("outputs", np.int64),
-        ("weight", np.int64),  # [outputs, inputs]
-        ("x", np.int64),  # fp32 [rows, inputs]
-        ("out", np.int64),  # fp32 [rows, outputs]
-    ]
-)
-call_at = pointer_to(from_dtype(CALL))
+
+class Call(Structure):
+    """What the kernel is given; names of arrays are their addresses, contiguous."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("weight", c_int64),  # [outputs, inputs]
+        ("x", c_int64),  # fp32 [rows, inputs]
+        ("out", c_int64),  # fp32 [rows, outputs]
+    )
 
 
-def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+call_at = record_at(Call)
+
+
+class FewRows:
     """`x[rows, inputs]` times `weight[outputs, inputs]` transposed, fp32 `[rows, outputs]`. The weight has one of the
-    dtypes of `ENTRIES` and is contiguous."""
-    (rows, inputs), outputs = x.shape, len(weight)
-    x, out = x.to(torch.float32).contiguous(), x.new_empty((rows, outputs), dtype=torch.float32)
-    call = np.array((rows, inputs, outputs, weight.data_ptr(), x.data_ptr(), out.data_ptr()), dtype=CALL)
-    linear_kernel(weight.dtype).run(call)
-    return out
+    dtypes of `ENTRIES`, is contiguous, and stays where it is. Not for two threads at once."""
+
+    def __init__(self, weight: torch.Tensor):
+        outputs, inputs = weight.shape
+        self._weight, self._kernel = weight, linear_kernel(weight.dtype)
+        self._call = Call(inputs=inputs, outputs=outputs, weight=weight.data_ptr())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows, call = len(x), self._call
+        x, out = x.to(torch.float32).contiguous(), x.new_empty((rows, call.outputs), dtype=torch.float32)
+        call.rows, call.x, call.out = rows, x.data_ptr(), out.data_ptr()
+        self._kernel.run(call)
+        return out
 
 
 @cache
 def linear_kernel(dtype: torch.dtype) -> Kernel:
-    """The kernel for weights of this dtype, one of `ENTRIES`; it takes a `CALL`."""
+    """The kernel for weights of this dtype, one of `ENTRIES`; it takes a `Call`."""
     return Kernel(ENTRIES[dtype])
 
 

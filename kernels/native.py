@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 # Sums are taken in any order, but NaN and infinity stay what they are: a row that is broken must be seen to be.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 LINE = 64  # bytes of a cache line
+# What kernels are made of, read as it is imported: when they are compiled, another version may lie there.
+SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 
 # OpenMP functions that compiled code calls by their names, so that the code can be kept.
 thread = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -64,9 +66,9 @@ class Kernel:
         self._compiled = compiled(function)
         self._address = self._compiled.address
 
-    def run(self, record: np.ndarray, most_threads: int | None = None) -> None:
+    def run(self, call: ctypes.Structure | ctypes.Array, most_threads: int | None = None) -> None:
         """Call it on as many threads as torch uses here, or fewer, and wait for all of them."""
-        self._parallel(self._address, record.ctypes.data, most_threads or torch.get_num_threads(), 0)
+        self._parallel(self._address, ctypes.addressof(call), most_threads or torch.get_num_threads(), 0)
 
 
 def compiled(function: Callable[[int], None]) -> CFunc:
@@ -95,9 +97,8 @@ def kept_at(function: Callable[[int], None]) -> Path:
     itself only looks at the age of the file that the kernel stands in. Beside the sources, or in the user's cache where
     those cannot be written. Raises OSError."""
     own = Path(function.__code__.co_filename)
-    made_of = [path.read_bytes() for path in (Path(__file__), Path(__file__).with_name("vectors.py"), own)]
-    machine = [llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()]
-    digest = hashlib.blake2b(b"".join([*made_of, *(text.encode() for text in machine)]), digest_size=8).hexdigest()
+    machine = llvmlite.binding.get_host_cpu_name() + llvmlite.binding.get_host_cpu_features().flatten()
+    digest = hashlib.blake2b(SOURCES + machine.encode(), digest_size=8).hexdigest()
     places = [own.parent / "__pycache__", Path.home() / ".cache" / "kvferry"]
     if numba.config.CACHE_DIR:
         places = [Path(numba.config.CACHE_DIR)]
@@ -111,6 +112,11 @@ def kept_at(function: Callable[[int], None]) -> Path:
             continue
         return folder
     raise reason
+
+
+def record_at(kind: type[ctypes.Structure]) -> Callable[[int], object]:
+    """For kernels: an address as a pointer to such a record, whose fields it reads by their names."""
+    return pointer_to(numba.from_dtype(np.dtype(kind)))
 
 
 def pointer_to(element: types.Type) -> Callable[[int], object]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvferry.kernels.few_rows import ENTRIES, MOST_ROWS, few_rows
+from kvferry.kernels.few_rows import ENTRIES, MOST_ROWS, FewRows
 from kvferry.kernels.native import has
 
 
@@ -24,6 +24,8 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
         if weight.dtype is torch.bfloat16 and lays_out_bf16():
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        else:
+            self._few_rows = FewRows(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.is_mkldnn:
@@ -31,14 +33,13 @@ class PackedLinear(nn.Module):
         rows = x.numel() // self.in_features
         if rows > MOST_ROWS:
             return F.linear(x, self.weight, self.bias)
-        out = few_rows(x.reshape(rows, self.in_features), self.weight)
+        out = self._few_rows(x.reshape(rows, self.in_features))
         out = out if self.bias is None else out.add_(self.bias)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 def lays_out_bf16() -> bool:
-    """Whether this machine multiplies bf16, and this torch has oneDNN's operators for it. Without such instructions
-    oneDNN is slower than the kernel."""
+    """Whether this machine multiplies bf16, and this torch has oneDNN's operators for it."""
     return (
         has("avx512bf16", "amx-bf16")
         and torch.backends.mkldnn.is_available()

@@ -1,37 +1,49 @@
 """Storing new tokens' keys and values in their slots, compiled: copies of bytes, whatever the dtype."""
 
 from collections.abc import Callable
+from ctypes import Structure, c_int64
 from functools import cache
 
-import numpy as np
 import torch
-from numba import carray, from_dtype, njit, types
+from numba import carray, njit, types
 
-from kvferry.kernels.native import Kernel, floats_at, integers_at, pointer_to, thread, threads, words_at
+from kvferry.kernels.native import (
+    Kernel,
+    floats_at,
+    integers_at,
+    pointer_to,
+    record_at,
+    thread,
+    threads,
+    words_at,
+)
 from kvferry.kernels.vectors import onward
 
 ONE_THREAD = 2**16  # bytes that are copied sooner than a second thread is there
 
-# What a call is given; names of arrays are their addresses, strides count elements.
-CALL = np.dtype(
-    [
-        ("tokens", np.int64),
-        ("kv_heads", np.int64),
-        ("head_dim", np.int64),
-        ("block_size", np.int64),
-        ("block_stride", np.int64),
-        ("head_stride", np.int64),
-        ("keys", np.int64),  # a layer's, in the first block; its values are behind them
-        ("slots", np.int64),  # int64 [tokens]: block * block_size + offset
-        ("new_key", np.int64),  # [tokens, kv_heads, head_dim], the last dimension contiguous
-        ("key_token_stride", np.int64),
-        ("key_head_stride", np.int64),
-        ("new_value", np.int64),  # of the same shape
-        ("value_token_stride", np.int64),
-        ("value_head_stride", np.int64),
-    ]
-)
-call_at = pointer_to(from_dtype(CALL))
+
+class Call(Structure):
+    """What the kernel is given; names of arrays are their addresses, strides count elements."""
+
+    _fields_ = (
+        ("tokens", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("block_size", c_int64),
+        ("block_stride", c_int64),
+        ("head_stride", c_int64),
+        ("keys", c_int64),  # a layer's, in the first block; its values are behind them
+        ("slots", c_int64),  # int64 [tokens]: block * block_size + offset
+        ("new_key", c_int64),  # [tokens, kv_heads, head_dim], the last dimension contiguous
+        ("key_token_stride", c_int64),
+        ("key_head_stride", c_int64),
+        ("new_value", c_int64),  # of the same shape
+        ("value_token_stride", c_int64),
+        ("value_head_stride", c_int64),
+    )
+
+
+call_at = record_at(Call)
 doubles_at = pointer_to(types.float64)
 
 
@@ -41,35 +53,33 @@ class SlotWriter:
     def __init__(self, pool: torch.Tensor, slot_mapping: torch.Tensor):
         _, kv_heads, _, _, block_size, head_dim = pool.shape
         self._pool, self._slots, self._kernel = pool, slot_mapping, write_kernel(pool.element_size())
-        self._call = np.zeros((), CALL)  # of addresses in what this object holds
-        for name, value in {
-            "tokens": len(slot_mapping),
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "block_size": block_size,
-            "block_stride": pool.stride(0),
-            "head_stride": pool.stride(1),
-            "slots": slot_mapping.data_ptr(),
-        }.items():
-            self._call[name] = value
+        self._call = Call(  # addresses of what this object holds
+            tokens=len(slot_mapping),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            block_stride=pool.stride(0),
+            head_stride=pool.stride(1),
+            slots=slot_mapping.data_ptr(),
+        )
         written = 2 * len(slot_mapping) * kv_heads * head_dim * pool.element_size()
         self._most_threads = 1 if written <= ONE_THREAD else None
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store `key` and `value`, `[T, kv_heads, head_dim]` each."""
         start = layer * self._pool.stride(2) * self._pool.element_size()
-        self._call["keys"] = self._pool.data_ptr() + start
+        self._call.keys = self._pool.data_ptr() + start
         key, value = (new.to(self._pool.dtype) for new in (key, value))
         key, value = (new if new.stride(2) == 1 else new.contiguous() for new in (key, value))
-        self._call["new_key"], self._call["new_value"] = key.data_ptr(), value.data_ptr()
-        self._call["key_token_stride"], self._call["key_head_stride"], _ = key.stride()
-        self._call["value_token_stride"], self._call["value_head_stride"], _ = value.stride()
+        self._call.new_key, self._call.new_value = key.data_ptr(), value.data_ptr()
+        self._call.key_token_stride, self._call.key_head_stride, _ = key.stride()
+        self._call.value_token_stride, self._call.value_head_stride, _ = value.stride()
         self._kernel.run(self._call, self._most_threads)
 
 
 @cache
 def write_kernel(element_bytes: int) -> Kernel:
-    """The kernel for elements of so many bytes; it takes a `CALL`."""
+    """The kernel for elements of so many bytes; it takes a `Call`."""
     return Kernel(ENTRIES[element_bytes])
 
 

@@ -39,7 +39,7 @@ class Models:
         if self._own_defaults:
             defaults = await asyncio.to_thread(load_defaults, place, revision)
         self.add(place, TextSide(tokenizer, defaults))
-        gc.freeze()  # what was imported and loaded stays; to look through it again and again costs requests a fifth
+        gc.freeze()  # what was imported and loaded stays, and need not be looked through again and again
 
     def add(self, place: str, side: TextSide) -> None:
         self._sides[place] = side

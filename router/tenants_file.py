@@ -50,6 +50,7 @@ import msgspec
 
 from kvferry.common.errors import ConfigError
 from kvferry.common.hashing import KEY_BYTES, TENANT_SALT_BYTES, length_prefixed
+from kvferry.common.sampling import WEIGHTS
 from kvferry.router.quota import TenantLimits
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -57,7 +58,6 @@ KEY_ID = re.compile(r"[0-9a-f]{12}")
 NO_KEY = "0" * 12
 LIMITS = tuple(field.name for field in fields(TenantLimits))
 UNLIMITED = "unlimited"
-WEIGHTS = (1e-3, 1e3)  # what workers take
 
 LimitsTable = dict[str, int | float | str]
 

@@ -1,12 +1,12 @@
 """Where compiled kernels are kept, and that they are made anew when their sources change."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from numba import carray
@@ -18,8 +18,10 @@ RUN = """
 import sys, types, torch
 house = types.ModuleType("kvferry"); house.__path__ = [sys.argv[1]]; sys.modules["kvferry"] = house
 from kvferry.kernels import few_rows
+if len(sys.argv) > 2:
+    input("imported")
 kernel = few_rows.linear_kernel(torch.float32)
-print(kernel._compiled.cache_hits, few_rows.few_rows(torch.ones(1, 32), torch.ones(3, 32)).tolist())
+print(kernel._compiled.cache_hits, few_rows.FewRows(torch.ones(3, 32))(torch.ones(1, 32)).tolist())
 """
 
 
@@ -68,6 +70,17 @@ def test_compiled_kernels_are_kept_until_any_source_changes(house, beside_the_so
     assert run(house, HOME=home) == "0 [[0.0, 0.0, 0.0]]"
 
 
+def test_code_is_not_kept_as_that_of_sources_which_it_was_not_made_of(house):
+    """An upgrade in place, while a node starts."""
+    starting = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(house), "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert starting.stdout.read(len("imported")) == "imported"
+    break_sums(house)
+    assert starting.communicate("\n", timeout=120)[0].strip() == f"0 {RIGHT}"
+    assert run(house) == "0 [[0.0, 0.0, 0.0]]"
+
+
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 def test_kept_code_that_is_damaged_is_made_again(house, kind):
     assert run(house) == f"0 {RIGHT}"
@@ -91,11 +104,11 @@ def test_a_team_is_as_large_as_torch_says():
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            seen = np.zeros(8, np.int64)
+            seen = (ctypes.c_int64 * 8)()
             kernel.run(seen)
-            assert seen.tolist() == [threads] * threads + [0] * (8 - threads)
-            kernel.run(alone := np.zeros(8, np.int64), 1)
-            assert alone.tolist() == [1] + [0] * 7
+            assert list(seen) == [threads] * threads + [0] * (8 - threads)
+            kernel.run(alone := (ctypes.c_int64 * 8)(), 1)
+            assert list(alone) == [1] + [0] * 7
     finally:
         torch.set_num_threads(before)
 
