@@ -24,13 +24,13 @@ from pathlib import Path
 from statistics import median
 
 import grpc
+from direct import DirectDecode
 from door_client import Clients
 from door_figures import STREAMS, show, summarise
 from door_servers import Servers
 
 from kvferry.cli.models import resolve
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.proto.worker_pb2_grpc import DecodeStub
 from kvferry.router.text import Tokenizer, load_tokenizer
 
 MODEL = "demo"  # a byte is a token
@@ -71,6 +71,7 @@ async def measure(rounds: int, rng: random.Random) -> dict[str, list[float]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="door-")))
         bench = Bench(Servers(MODEL, model, STREAMS[-1], folder, stack), load_tokenizer(model), rng)
+        await bench.direct.start()
         await bench.warm_up()
         await bench.memory()
         for number in range(rounds):
@@ -172,23 +173,22 @@ class Direct:
 
     def __init__(self, address: str):
         self._channel = grpc.aio.insecure_channel(address)
-        self._stub = DecodeStub(self._channel)
+        self._decode = DirectDecode(self._channel)
+
+    async def start(self) -> None:
+        await self._decode.start()
 
     async def first_token_s(self, prompt: str) -> float:
-        started = time.perf_counter()
+        started, elapsed = time.perf_counter(), None
         sequence = pb.Sequence(token_ids=prompt.encode(), sampling=pb.Sampling(max_tokens=1))
-        call = self._stub.Continue()
-        await call.write(pb.ContinueCommand(open=pb.ContinueOpen(sequence=sequence)))
-        await call.done_writing()
-        elapsed = None
-        while (event := await call.read()) is not grpc.aio.EOF:
-            if event.HasField("tokens"):
-                elapsed = time.perf_counter() - started
+        async for _ in self._decode.tokens(sequence):
+            elapsed = time.perf_counter() - started
         if elapsed is None:
-            raise SystemExit(f"decode gave no token: {await call.details()}")
+            raise SystemExit("decode gave no token")
         return elapsed
 
     async def close(self) -> None:
+        await self._decode.close()
         await self._channel.close()
 
 

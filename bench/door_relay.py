@@ -12,9 +12,10 @@ import sys
 
 import grpc
 from aiohttp import web
+from direct import DirectDecode
 
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.proto.worker_pb2_grpc import DecodeStub, PrefillStub
+from kvferry.common.proto.worker_pb2_grpc import PrefillStub
 from kvferry.common.wire import CHANNEL_OPTIONS
 
 LOCAL = 64
@@ -23,7 +24,10 @@ LOCAL = 64
 class Relay:
     def __init__(self, prefill: str, decode: str):
         self._prefill = PrefillStub(grpc.aio.insecure_channel(prefill, options=CHANNEL_OPTIONS))
-        self._decode = DecodeStub(grpc.aio.insecure_channel(decode, options=CHANNEL_OPTIONS))
+        self._decode = DirectDecode(grpc.aio.insecure_channel(decode, options=CHANNEL_OPTIONS))
+
+    async def start(self) -> None:
+        await self._decode.start()
 
     async def ready(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -35,13 +39,12 @@ class Relay:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         fills = len(sequence.token_ids) > LOCAL
-        call = self._decode.Continue()
-        await call.write(pb.ContinueCommand(open=pb.ContinueOpen(sequence=sequence, expects_fill=fills)))
+        call, events, told = self._decode.call()
+        await call.write(pb.ContinueCommand(open=pb.ContinueOpen(sequence=sequence, expects_fill=fills, **told)))
         if fills:
             first = await self._fill(sequence, call)
             await response.write(event_of(first))
-        await call.done_writing()
-        while (event := await call.read()) is not grpc.aio.EOF:
+        while not (event := await events.get()).HasField("finished"):
             if event.HasField("tokens"):
                 await response.write(event_of(event.tokens.token_ids[0]))
                 if event.tokens.finish_reason:
@@ -50,7 +53,7 @@ class Relay:
         await response.write_eof()
         return response
 
-    async def _fill(self, sequence: pb.Sequence, call: grpc.aio.StreamStreamCall) -> int:
+    async def _fill(self, sequence: pb.Sequence, call: grpc.aio.StreamUnaryCall) -> int:
         """Have it filled, each report relayed; the first token."""
         fill = self._prefill.Fill()
         await fill.write(pb.FillCommand(open=sequence))
@@ -70,6 +73,7 @@ def event_of(token: int | None) -> bytes:
 
 async def serve(port: str, prefill: str, decode: str) -> None:
     relay = Relay(prefill, decode)
+    await relay.start()
     app = web.Application()
     app.router.add_get("/ready", relay.ready)
     app.router.add_post("/v1/completions", relay.complete)

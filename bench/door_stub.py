@@ -23,6 +23,7 @@ from kvferry.common.proto.worker_pb2_grpc import (
     add_PrefillServicer_to_server,
 )
 from kvferry.common.wire import SERVER_OPTIONS, first_command, layout_to_wire
+from kvferry.decode.subscriber import Subscriber
 
 LAYOUT = BlockLayout(kv_heads=2, layers=2, block_size=16, head_dim=16, dtype="float32")
 CHUNK = EngineConfig.max_num_batched_tokens  # prompt tokens behind each of prefill's reports
@@ -70,24 +71,45 @@ class Prefill(Watched, PrefillServicer):
 class Decode(Watched, DecodeServicer):
     role = "decode"
 
+    def __init__(self, model: str, tokenizer: str):
+        super().__init__(model, tokenizer)
+        self._subscribers: dict[str, Subscriber] = {}
+
+    async def Subscribe(
+        self, subscription: pb.Subscription, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.StepEvents]:
+        subscriber = self._subscribers[subscription.subscriber] = Subscriber()
+        async for message in subscriber.messages():
+            yield message
+
     async def Continue(
         self, commands: AsyncIterator[pb.ContinueCommand], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ContinueEvent]:
+    ) -> pb.ContinueEnd:
         opening = (await first_command(commands)).open
+        subscriber = self._subscribers[opening.subscriber]
+
+        def tell(**event: object) -> None:
+            subscriber.send(pb.ContinueEvent(stream=opening.stream, **event))
+
         given, length = 0, len(opening.sequence.token_ids)
-        yield pb.ContinueEvent(admitted=pb.Admitted())
+        tell(admitted=pb.Admitted())
         reuse = pb.Reuse(computed_tokens=length)
         if opening.expects_fill:
             async for command in commands:
                 given, arrived = len(command.progress.first_tokens), command.progress.committed_blocks
+                if command.progress.done:
+                    break
             reuse = pb.Reuse(host_tokens=arrived * LAYOUT.block_size, computed_tokens=length % LAYOUT.block_size)
-        yield pb.ContinueEvent(restored=pb.Restored(reuse=reuse))
+        tell(restored=pb.Restored(reuse=reuse))
         wanted, gap = opening.sequence.sampling.max_tokens, opening.sequence.sampling.seed / 1e6
         for number in range(given, wanted):
             if number and gap:
                 await next_step(gap)
             reason = "length" if number == wanted - 1 else ""
-            yield pb.ContinueEvent(tokens=pb.Tokens(token_ids=[TOKEN], finish_reason=reason))
+            tell(tokens=pb.Tokens(token_ids=[TOKEN], finish_reason=reason))
+        tell(finished=pb.Finished())
+        await subscriber.flushed()
+        return pb.ContinueEnd()
 
 
 async def next_step(gap: float) -> None:

@@ -23,6 +23,7 @@ import grpc
 import httpx
 import numpy as np
 import torch
+from direct import DirectDecode
 from rich.console import Console
 from rich.table import Table
 from system import System, Timed, ask, system
@@ -31,7 +32,6 @@ from transformers import AutoModelForCausalLM
 from kvferry.cli.models import resolve
 from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.proto.worker_pb2_grpc import DecodeStub
 from kvferry.common.sampling import SamplingParams
 from kvferry.common.wire import layout_from_wire, sequence_to_wire
 
@@ -136,7 +136,8 @@ class Direct:
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
         self._channel = grpc.aio.insecure_channel(behind.argument("decode", "listen"))
-        self._stub = DecodeStub(self._channel)
+        self._decode = DirectDecode(self._channel)
+        self._loop.run_until_complete(self._decode.start())
         self._status: pb.WorkerStatus = self._loop.run_until_complete(self._watch())
         keys = TenantKeys.derive(secrets.token_bytes(32), "bench", secrets.token_bytes(32))
         self._scope = CacheScope(keys, self._status.fingerprint, layout_from_wire(self._status.layout))
@@ -146,7 +147,7 @@ class Direct:
         return self._scope.layout.block_bytes
 
     async def _watch(self) -> pb.WorkerStatus:
-        call = self._stub.Watch(pb.WatchRequest())
+        call = self._decode.stub.Watch(pb.WatchRequest())
         status = await call.read()
         call.cancel()
         await call.code()
@@ -159,21 +160,18 @@ class Direct:
         started = time.perf_counter()
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
         sequence = sequence_to_wire("bench", self._scope, prompt, len(prompt), params)
-        call = self._stub.Continue()
-        await call.write(pb.ContinueCommand(open=pb.ContinueOpen(sequence=sequence)))
-        await call.done_writing()
         elapsed = None
-        async for event in call:  # to its end, so that nothing of the call is left
-            if event.HasField("tokens"):
-                elapsed = time.perf_counter() - started
+        async for _ in self._decode.tokens(sequence):
+            elapsed = time.perf_counter() - started
         if elapsed is None:
-            raise SystemExit(f"decode gave no token: {await call.details()}")
+            raise SystemExit("decode gave no token")
         return elapsed
 
     def __enter__(self) -> "Direct":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._loop.run_until_complete(self._decode.close())
         self._loop.run_until_complete(self._channel.close())
         self._loop.close()
 

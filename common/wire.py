@@ -1,8 +1,9 @@
 """Between our values and the protobuf messages of proto/worker.proto."""
 
 import functools
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -113,25 +114,36 @@ def _told(code: grpc.StatusCode, details: str | None, trailing: Trailing | None)
     return error_from_grpc(code.name, details or "the connection to the node broke", dict(trailing or ()).get(PARAM))
 
 
-StreamMethod = Callable[..., AsyncIterator[Any]]
+def answers_errors(method: Callable[..., Any]) -> Callable[..., Any]:
+    """An RPC method, of one message or a stream of them, whose errors reach the caller as a status from the one
+    table."""
 
-
-def answers_errors(method: StreamMethod) -> StreamMethod:
-    """A streaming RPC method whose errors reach the caller as a status from the one table."""
-
-    @functools.wraps(method)
-    async def answered(self: Any, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    @asynccontextmanager
+    async def telling(self: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         try:
-            async with aclosing(method(self, request, context)) as messages:
-                async for message in messages:
-                    yield message
+            yield
         except KvferryError as error:
             await _abort(context, error)
         except Exception as error:
             self.log.exception("a call failed")
             await _abort(context, Internal(f"the node failed: {type(error).__name__}; its log has the cause"))
 
-    return answered
+    if not inspect.isasyncgenfunction(method):
+
+        @functools.wraps(method)
+        async def answered(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with telling(self, context):
+                return await method(self, request, context)
+
+        return answered
+
+    @functools.wraps(method)
+    async def streamed(self: Any, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async with telling(self, context), aclosing(method(self, request, context)) as messages:
+            async for message in messages:
+                yield message
+
+    return streamed
 
 
 def _abort(context: grpc.aio.ServicerContext, error: KvferryError) -> Awaitable[None]:

@@ -2,17 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from functools import partial
 
 import grpc
 
 from kvferry.common.config import WorkerConfig
-from kvferry.common.errors import InvalidRequest
+from kvferry.common.errors import InvalidRequest, Unavailable
 from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
 from kvferry.common.wire import answers_errors, first_command, logprobs_to_wire
+from kvferry.decode.subscriber import Subscriber
 from kvferry.engine.sequence import Sequence, Status, TokenEvent
 from kvferry.engine.transfer import BackgroundPublisher
 from kvferry.engine.worker import WatchedService, Worker, serve_worker
@@ -27,38 +29,79 @@ async def serve(config: WorkerConfig, notifier: Notifier, stop: asyncio.Event) -
 class DecodeService(WatchedService, DecodeServicer):
     log = logging.getLogger(__name__)
 
+    def __init__(self, worker: Worker):
+        super().__init__(worker)
+        self._subscribers: dict[str, Subscriber] = {}
+
+    @answers_errors
+    async def Subscribe(
+        self, subscription: pb.Subscription, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.StepEvents]:
+        subscriber = self._subscribers[subscription.subscriber] = Subscriber()
+        try:
+            async with aclosing(subscriber.messages()) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            if self._subscribers.get(subscription.subscriber) is subscriber:
+                del self._subscribers[subscription.subscriber]
+
     @answers_errors
     async def Continue(
         self, commands: AsyncIterator[pb.ContinueCommand], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ContinueEvent]:
+    ) -> pb.ContinueEnd:
         with self._worker.stream():
             opening = (await first_command(commands)).open
+            if (subscriber := self._subscribers.get(opening.subscriber)) is None:
+                raise Unavailable("the router does not listen to this node")
             seq = self._worker.open_sequence(opening.sequence)
-            continuation = Continuation(self._worker, seq, opening.expects_fill)
-            tasks = [asyncio.create_task(continuation.follow(commands)), asyncio.create_task(continuation.run())]
-            try:
-                async for event in continuation.events(tasks):
-                    yield event
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+
+            def tell(event: pb.ContinueEvent) -> None:
+                event.stream = opening.stream
+                subscriber.send(event)
+
+            continuation = Continuation(self._worker, seq, opening.expects_fill, tell)
+            with subscriber.carries(opening.stream, continuation.cancel):
+                await continuation.run(commands)
+            await subscriber.flushed()
+        return pb.ContinueEnd()
 
 
 class Continuation:
-    """One continued sequence. `follow` takes in what its fill reports, `run` generates, `events` tells the router."""
+    """One continued sequence. What it gives, `tell` is told at once."""
 
-    def __init__(self, worker: Worker, seq: Sequence, expects_fill: bool):
+    def __init__(self, worker: Worker, seq: Sequence, expects_fill: bool, tell: Callable[[pb.ContinueEvent], None]):
         self._engine, self._transfer = worker.engine, worker.transfer
-        self._seq = seq
+        self._seq, self._tell = seq, tell
         self._fill = pb.FillProgress(done=not expects_fill)
         self._opening_len = len(seq.token_ids)
         self._fill_moved = asyncio.Event()
         self._admitted = self._restored = False
-        self._outbox: asyncio.Queue[pb.ContinueEvent | None] = asyncio.Queue()
         self._publishers: dict[int, BackgroundPublisher] = {}
+        self._tasks: list[asyncio.Task[None]] = []
 
-    async def follow(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
+    async def run(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
+        """Generate to the end, and publish; `commands` are those after the first. Raises what ended it early."""
+        generating = asyncio.create_task(self._generate())
+        self._tasks = [generating, asyncio.create_task(self._follow(commands))]
+        try:
+            going_on = set(self._tasks)
+            while not generating.done():
+                done, going_on = await asyncio.wait(going_on, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if task.cancelled():
+                        raise Unavailable("the router does not listen to this node any more")
+                    task.result()
+        finally:
+            self.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cancel(self) -> None:
+        """Have `run` end early."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _follow(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
         """The router relays the fill's reports; each replaces the one before. Its closing means that none will come."""
         async for command in commands:
             if command.WhichOneof("command") != "progress":
@@ -68,12 +111,12 @@ class Continuation:
         self._fill.done = True
         self._fill_moved.set()
 
-    async def run(self) -> None:
+    async def _generate(self) -> None:
         try:
             await self._engine.generate(self._seq, self._restore, self._take)
+            self._tell(pb.ContinueEvent(finished=pb.Finished()))
             for publisher in self._publishers.values():  # a chat's next turn begins with these blocks
                 await publisher.drain()
-            self._outbox.put_nowait(None)
         finally:
             for publisher in self._publishers.values():
                 await publisher.close()
@@ -88,7 +131,7 @@ class Continuation:
         publisher.advance()
         if event.prompt_logprobs:
             told = pb.PromptLogprobs(tokens=map(logprobs_to_wire, event.prompt_logprobs))
-            self._outbox.put_nowait(pb.ContinueEvent(prompt_logprobs=told))
+            self._tell(pb.ContinueEvent(prompt_logprobs=told))
         if event.token is not None:
             tokens = pb.Tokens(
                 token_ids=[event.token],
@@ -96,13 +139,13 @@ class Continuation:
                 choice=event.seq.params.choice,
                 logprobs=[logprobs_to_wire(event.logprobs)] if event.logprobs else [],
             )
-            self._outbox.put_nowait(pb.ContinueEvent(tokens=tokens))
+            self._tell(pb.ContinueEvent(tokens=tokens))
 
     async def _restore(self, seq: Sequence) -> None:
         """Pull the prefix; while the fill is under way, exactly what it reports. Called again after a preemption."""
         if not self._admitted:
             self._admitted = True
-            self._outbox.put_nowait(pb.ContinueEvent(admitted=pb.Admitted()))
+            self._tell(pb.ContinueEvent(admitted=pb.Admitted()))
         while True:
             self._fill_moved.clear()
             self._learn_first_tokens(seq)
@@ -114,7 +157,7 @@ class Continuation:
             await self._fill_moved.wait()
         if not self._restored and seq.status is Status.RESTORING:  # else it was pushed out, and comes again
             self._restored = True
-            self._outbox.put_nowait(pb.ContinueEvent(restored=pb.Restored(reuse=self._reuse(seq))))
+            self._tell(pb.ContinueEvent(restored=pb.Restored(reuse=self._reuse(seq))))
 
     def _learn_first_tokens(self, seq: Sequence) -> None:
         """The fill has chosen them, and the router has sent them: the sequence goes on from there."""
@@ -137,17 +180,3 @@ class Continuation:
             computed_tokens=self._opening_len - in_place,
             pulled_bytes=pulled // seq.block_size * seq.scope.layout.block_bytes,
         )
-
-    async def events(self, tasks: list[asyncio.Task[None]]) -> AsyncIterator[pb.ContinueEvent]:
-        """What to send, in order. Raises what a task raised."""
-        for task in tasks:
-            task.add_done_callback(self._on_task_end)
-        while (event := await self._outbox.get()) is not None:
-            yield event
-        for task in tasks:
-            if task.done():
-                task.result()
-
-    def _on_task_end(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self._outbox.put_nowait(None)

@@ -7,7 +7,7 @@ The fill stays open, and its blocks leased, until decode says that it has them.
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import grpc
@@ -59,7 +59,9 @@ class Handover:
         self._continue = placement.decode.stub.Continue()
         self._choice = sequence.sampling.choice
         self._going_on = sequence.sampling.n or 1
-        self._out: asyncio.Queue[Piece | KvferryError] = asyncio.Queue()
+        self._subscription = placement.decode.subscription
+        self._stream = self._subscription.add(self._hear)
+        self._out: asyncio.Queue[Piece | KvferryError | None] = asyncio.Queue()  # None: it is admitted
         self._restored = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._counted, self._filling = ExitStack(), ExitStack()
@@ -69,21 +71,23 @@ class Handover:
 
     async def open(self, admission_s: float) -> None:
         """Open `continue`, wait until it is admitted, then open the fill. Raises Overloaded or Unavailable."""
-        opening = pb.ContinueOpen(sequence=self._sequence, expects_fill=self._placement.prefill is not None)
+        opening = pb.ContinueOpen(
+            sequence=self._sequence,
+            expects_fill=self._placement.prefill is not None,
+            subscriber=self._subscription.subscriber,
+            stream=self._stream,
+        )
+        self._tasks.append(asyncio.create_task(self._await_end()))
         try:
             async with asyncio.timeout(admission_s):
-                await self._continue.write(pb.ContinueCommand(open=opening))
-                event = await self._continue.read()
+                with suppress(_DecodeEnded):  # why, its end tells
+                    await self._write(pb.ContinueCommand(open=opening))
+                first = await self._out.get()
         except TimeoutError as error:
             raise Overloaded(f"the decode node did not admit the request within {admission_s:g} s") from error
-        except grpc.aio.AioRpcError as error:
-            raise self._noted(error_of(error)) from error
-        if event is grpc.aio.EOF or not event.HasField("admitted"):
-            raise await self._ended()
-        self._tasks.append(asyncio.create_task(self._receive()))
-        if self._placement.prefill is None:
-            await self._continue.done_writing()
-        else:
+        if first is not None:
+            raise first if isinstance(first, KvferryError) else Internal("decode gave tokens before it admitted")
+        if self._placement.prefill is not None:
             self._tasks.append(asyncio.create_task(self._feed(self._placement.prefill)))
 
     @property
@@ -105,29 +109,36 @@ class Handover:
         finally:
             alarm.cancel()
 
-    async def _receive(self) -> None:
+    def _hear(self, event: pb.ContinueEvent | None) -> None:
         """Decode's events: its tokens go out; that the blocks have arrived lets the fill go."""
+        kind = event and event.WhichOneof("event")
+        if kind == "tokens":
+            self._out.put_nowait(piece_of(event.tokens))
+        elif kind == "prompt_logprobs":
+            told = tuple(map(logprobs_from_wire, event.prompt_logprobs.tokens))
+            self._out.put_nowait(Piece((), prompt_logprobs=told))
+        elif kind == "admitted":
+            self._out.put_nowait(None)
+        elif kind == "restored":
+            self._record.restores[self._choice] = event.restored.reuse
+            self._restored.set()
+        elif kind == "finished":  # of which nobody takes notice, unless the last tokens did not come
+            self._out.put_nowait(Unavailable("the decode node finished before the last token"))
+        elif event is None:
+            self._fail(Unavailable("the connection to the decode node broke"))
+
+    async def _await_end(self) -> None:
+        """Decode's call; unless it ends well, nothing comes after it."""
         try:
-            while (event := await self._continue.read()) is not grpc.aio.EOF:
-                if event.HasField("tokens"):
-                    self._out.put_nowait(piece_of(event.tokens))
-                elif event.HasField("restored"):
-                    self._record.restores[self._choice] = event.restored.reuse
-                    self._restored.set()
-                elif event.HasField("prompt_logprobs"):
-                    told = tuple(map(logprobs_from_wire, event.prompt_logprobs.tokens))
-                    self._out.put_nowait(Piece((), prompt_logprobs=told))
-            self._out.put_nowait(await self._ended())
+            await self._continue
         except grpc.aio.AioRpcError as error:
-            self._out.put_nowait(self._noted(error_of(error)))
+            self._fail(error_of(error))
         finally:
             self._restored.set()
 
-    async def _ended(self) -> KvferryError:
-        """Why a `continue` stream that gave EOF is over."""
-        if await self._continue.code() is grpc.StatusCode.OK:
-            return Unavailable("the decode node ended the stream before the last token")
-        return self._noted(await why_ended(self._continue))
+    def _fail(self, error: KvferryError) -> None:
+        self._out.put_nowait(self._noted(error))
+        self._restored.set()
 
     def _noted(self, error: KvferryError) -> KvferryError:
         """Decode's error; where it means that the node is not there, nothing more is placed on it for now."""
@@ -155,7 +166,7 @@ class Handover:
                 partners = self._nodes.partners(decode) if decode.ready else []
                 node = next((n for n in partners if n not in tried), None)
             progress.done = True
-            await self._relay(progress)
+            await self._write(pb.ContinueCommand(progress=progress))
         except _DecodeEnded:
             return
         except Exception:
@@ -208,13 +219,11 @@ class Handover:
         progress.done = report.done
         going_on = [first for first in progress.first_tokens if not first.finish_reason]
         if going_on or not progress.first_tokens:
-            await self._relay(progress)
+            await self._write(pb.ContinueCommand(progress=progress))
 
-    async def _relay(self, progress: pb.FillProgress) -> None:
+    async def _write(self, command: pb.ContinueCommand) -> None:
         try:
-            await self._continue.write(pb.ContinueCommand(progress=progress))
-            if progress.done:
-                await self._continue.done_writing()
+            await self._continue.write(command)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise _DecodeEnded from error
 
@@ -233,6 +242,7 @@ class Handover:
 
     async def close(self) -> None:
         """Cancel both calls and wait for the tasks. May be repeated."""
+        self._subscription.remove(self._stream)
         self._continue.cancel()
         for task in self._tasks:
             task.cancel()

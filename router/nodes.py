@@ -13,6 +13,7 @@ from kvferry.common.errors import Unavailable
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import DecodeStub, PrefillStub
 from kvferry.common.wire import CHANNEL_OPTIONS, layout_from_wire
+from kvferry.router.subscription import Subscription
 
 RECONNECT_S = 0.1
 SILENT_S = 5.0  # a node sends its status every second; one that is silent for so long is taken for dead
@@ -57,11 +58,13 @@ class Node:
         self.channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self.stub = PrefillStub(self.channel) if role == "prefill" else DecodeStub(self.channel)
         self.status: pb.WorkerStatus | None = None
+        self.subscription = Subscription()  # what a decode node's continues give
         self.streams = 0
 
     @property
     def ready(self) -> bool:
-        return self.status is not None and not self.status.draining
+        heard = self.role == "prefill" or self.subscription.open
+        return heard and self.status is not None and not self.status.draining
 
     @property
     def model(self) -> ServedModel:
@@ -114,6 +117,7 @@ class Nodes:
 
     def start(self) -> None:
         self._watching = [asyncio.create_task(self._watch(node)) for node in self.all]
+        self._watching += [asyncio.create_task(self._subscribe(node)) for node in self.decode]
 
     async def close(self) -> None:
         for task in self._watching:
@@ -135,6 +139,13 @@ class Nodes:
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 log.debug("watching %s: %s", node.address, type(error).__name__)
             await self._set_status(node, None)
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _subscribe(self, node: Node) -> None:
+        while True:
+            await node.subscription.run(node.stub, self.tell)
+            node.subscription = Subscription()
+            await self.tell()
             await asyncio.sleep(RECONNECT_S)
 
     async def _set_status(self, node: Node, status: pb.WorkerStatus | None) -> None:

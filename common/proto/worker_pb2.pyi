@@ -10,6 +10,12 @@ class WatchRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Subscription(_message.Message):
+    __slots__ = ("subscriber",)
+    SUBSCRIBER_FIELD_NUMBER: _ClassVar[int]
+    subscriber: str
+    def __init__(self, subscriber: _Optional[str] = ...) -> None: ...
+
 class Layout(_message.Message):
     __slots__ = ("kv_heads", "layers", "block_size", "head_dim", "dtype")
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -215,12 +221,16 @@ class ContinueCommand(_message.Message):
     def __init__(self, open: _Optional[_Union[ContinueOpen, _Mapping]] = ..., progress: _Optional[_Union[FillProgress, _Mapping]] = ...) -> None: ...
 
 class ContinueOpen(_message.Message):
-    __slots__ = ("sequence", "expects_fill")
+    __slots__ = ("sequence", "expects_fill", "subscriber", "stream")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EXPECTS_FILL_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIBER_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     sequence: Sequence
     expects_fill: bool
-    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., expects_fill: bool = ...) -> None: ...
+    subscriber: str
+    stream: int
+    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., expects_fill: bool = ..., subscriber: _Optional[str] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class FillProgress(_message.Message):
     __slots__ = ("committed_blocks", "first_tokens", "done")
@@ -232,17 +242,31 @@ class FillProgress(_message.Message):
     done: bool
     def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ...) -> None: ...
 
+class ContinueEnd(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StepEvents(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[ContinueEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[ContinueEvent, _Mapping]]] = ...) -> None: ...
+
 class ContinueEvent(_message.Message):
-    __slots__ = ("admitted", "restored", "tokens", "prompt_logprobs")
+    __slots__ = ("admitted", "restored", "tokens", "prompt_logprobs", "finished", "stream")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     RESTORED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     restored: Restored
     tokens: Tokens
     prompt_logprobs: PromptLogprobs
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., restored: _Optional[_Union[Restored, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
+    finished: Finished
+    stream: int
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., restored: _Optional[_Union[Restored, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class Admitted(_message.Message):
     __slots__ = ()
@@ -271,3 +295,7 @@ class PromptLogprobs(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     def __init__(self, tokens: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

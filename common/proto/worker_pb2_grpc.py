@@ -156,10 +156,15 @@ class DecodeStub(object):
                 request_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.WatchRequest.SerializeToString,
                 response_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.WorkerStatus.FromString,
                 _registered_method=True)
-        self.Continue = channel.stream_stream(
+        self.Subscribe = channel.unary_stream(
+                '/kvferry.v1.Decode/Subscribe',
+                request_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.Subscription.SerializeToString,
+                response_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.StepEvents.FromString,
+                _registered_method=True)
+        self.Continue = channel.stream_unary(
                 '/kvferry.v1.Decode/Continue',
                 request_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueCommand.SerializeToString,
-                response_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEvent.FromString,
+                response_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEnd.FromString,
                 _registered_method=True)
 
 
@@ -172,8 +177,17 @@ class DecodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Subscribe(self, request, context):
+        """All that a router's continues give comes here: what a step chose for all of them in one message. The first message,
+        which is empty, says that continues may be opened; they end when this stream does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Continue(self, request_iterator, context):
-        """The first command opens; if it expects a fill, that fill's reports follow.
+        """The first command opens; if it expects a fill, that fill's reports follow. The stream's life is the sequence's: to
+        cancel it frees everything. It ends when all was computed and published, or in an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -187,10 +201,15 @@ def add_DecodeServicer_to_server(servicer, server):
                     request_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.WatchRequest.FromString,
                     response_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.WorkerStatus.SerializeToString,
             ),
-            'Continue': grpc.stream_stream_rpc_method_handler(
+            'Subscribe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Subscribe,
+                    request_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.Subscription.FromString,
+                    response_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.StepEvents.SerializeToString,
+            ),
+            'Continue': grpc.stream_unary_rpc_method_handler(
                     servicer.Continue,
                     request_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueCommand.FromString,
-                    response_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEvent.SerializeToString,
+                    response_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEnd.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -231,6 +250,33 @@ class Decode(object):
             _registered_method=True)
 
     @staticmethod
+    def Subscribe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvferry.v1.Decode/Subscribe',
+            kvferry_dot_common_dot_proto_dot_worker__pb2.Subscription.SerializeToString,
+            kvferry_dot_common_dot_proto_dot_worker__pb2.StepEvents.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Continue(request_iterator,
             target,
             options=(),
@@ -241,12 +287,12 @@ class Decode(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
+        return grpc.experimental.stream_unary(
             request_iterator,
             target,
             '/kvferry.v1.Decode/Continue',
             kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueCommand.SerializeToString,
-            kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEvent.FromString,
+            kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEnd.FromString,
             options,
             channel_credentials,
             insecure,

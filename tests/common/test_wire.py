@@ -13,7 +13,14 @@ from kvferry.common.block import DTYPE_BYTES, BlockLayout
 from kvferry.common.errors import OUTCOMES, Internal, InvalidRequest, Unavailable, outcome_of
 from kvferry.common.hashing import CacheScope, TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.proto.worker_pb2_grpc import DecodeServicer, DecodeStub, add_DecodeServicer_to_server
+from kvferry.common.proto.worker_pb2_grpc import (
+    DecodeServicer,
+    DecodeStub,
+    PrefillServicer,
+    PrefillStub,
+    add_DecodeServicer_to_server,
+    add_PrefillServicer_to_server,
+)
 from kvferry.common.sampling import SamplingParams, TokenLogprobs
 from kvferry.common.wire import (
     answers_errors,
@@ -156,8 +163,14 @@ class Service:
         yield "first"
         raise request
 
+    @answers_errors
+    async def Unary(self, request, context):
+        if isinstance(request, Exception):
+            raise request
+        return request
 
-def call(error: Exception) -> tuple[grpc.StatusCode, str]:
+
+def streamed(error: Exception) -> tuple[grpc.StatusCode, str]:
     async def main():
         context = Context()
         messages = Service().Method(error, context)
@@ -169,12 +182,25 @@ def call(error: Exception) -> tuple[grpc.StatusCode, str]:
     return asyncio.run(main())
 
 
+def unary(error: Exception) -> tuple[grpc.StatusCode, str]:
+    async def main():
+        context = Context()
+        assert await Service().Unary("answer", context) == "answer"
+        with pytest.raises(grpc.aio.AbortError):
+            await Service().Unary(error, context)
+        return context.aborted
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("call", [streamed, unary])
 @pytest.mark.parametrize("kind", [kind for kind in OUTCOMES if OUTCOMES[kind].grpc], ids=lambda kind: kind.__name__)
-def test_an_error_of_a_method_reaches_the_caller(kind):
+def test_an_error_of_a_method_reaches_the_caller(kind, call):
     assert call(kind("one sentence")) == (grpc.StatusCode[outcome_of(kind("")).grpc], "one sentence")
 
 
-def test_a_bug_reaches_the_caller_without_its_words(caplog):
+@pytest.mark.parametrize("call", [streamed, unary])
+def test_a_bug_reaches_the_caller_without_its_words(caplog, call):
     status, details = call(ValueError("the prompt was: hunter2"))
     assert status is grpc.StatusCode[OUTCOMES[Internal].grpc]
     assert "ValueError" in details
@@ -192,31 +218,39 @@ def test_the_first_command_opens():
         asyncio.run(first_command(commands()))
 
 
-class Refusing(DecodeServicer):
+class Refusing(PrefillServicer, DecodeServicer):
     log = logging.getLogger("tests.wire")
 
     def __init__(self, error: InvalidRequest):
         self._error = error
 
     @answers_errors
-    async def Continue(self, request, context):
+    async def Fill(self, request, context):
         raise self._error
         yield
+
+    @answers_errors
+    async def Continue(self, request, context):
+        raise self._error
 
 
 @pytest.mark.parametrize("param", ["messages[3].content", None])
 def test_the_param_of_a_refusal_crosses_the_wire(param):
     async def main():
         server = grpc.aio.server()
-        add_DecodeServicer_to_server(Refusing(InvalidRequest("no", param)), server)
+        refusing = Refusing(InvalidRequest("no", param))
+        add_PrefillServicer_to_server(refusing, server)
+        add_DecodeServicer_to_server(refusing, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            read, iterated = DecodeStub(channel).Continue(), DecodeStub(channel).Continue()
+            read, iterated = PrefillStub(channel).Fill(), PrefillStub(channel).Fill()
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 async for _ in iterated:
                     pass
-            errors = [await why_ended(read), error_of(refused.value)]
+            with pytest.raises(grpc.aio.AioRpcError) as unary:
+                await DecodeStub(channel).Continue()
+            errors = [await why_ended(read), error_of(refused.value), error_of(unary.value)]
         await server.stop(0)
         del server  # while its loop runs
         return errors

@@ -115,13 +115,16 @@ async def continued(node, seq, progress) -> dict[int, list[int]]:
     async def commands():
         yield pb.ContinueCommand(progress=progress)
 
-    continuation = Continuation(node, seq, expects_fill=True)
-    tasks = [asyncio.create_task(continuation.follow(commands())), asyncio.create_task(continuation.run())]
     told: dict[int, list[int]] = {}
-    async for event in continuation.events(tasks):
+    last: list[str] = []
+
+    def tell(event: pb.ContinueEvent) -> None:
+        last[:] = [event.WhichOneof("event")]
         if event.HasField("tokens"):
             told.setdefault(event.tokens.choice, []).extend(event.tokens.token_ids)
-    await asyncio.gather(*tasks)
+
+    await Continuation(node, seq, True, tell).run(commands())
+    assert last == ["finished"]
     return told
 
 

@@ -66,11 +66,12 @@ def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]]) -> N
 def test_ready_is_who_has_a_decode_worker():
     async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
         (prefill,), (decode,) = nodes.prefill, nodes.decode
-        for prefill.status, decode.status, status, told in (
-            (None, None, 503, "no decode node is ready"),
-            (UP, None, 503, "no decode node is ready"),
-            (None, UP, 200, "no prefill node is ready for a decode node"),
-            (UP, UP, 200, None),
+        for prefill.status, decode.status, decode.subscription.open, status, told in (
+            (None, None, False, 503, "no decode node is ready"),
+            (UP, None, False, 503, "no decode node is ready"),
+            (UP, UP, False, 503, "no decode node is ready"),
+            (None, UP, True, 200, "no prefill node is ready for a decode node"),
+            (UP, UP, True, 200, None),
         ):
             async with session.get(f"{url}/ready") as answer:
                 body = await answer.json()
@@ -91,7 +92,7 @@ def test_models_are_those_that_are_up():
         for path in ("/v1/completions", "/tokenize"):
             async with session.post(url + path, data=json.dumps(asked)) as answer:
                 assert (answer.status, "Retry-After" in answer.headers) == (503, True)
-        nodes.decode[0].status = UP
+        nodes.decode[0].status, nodes.decode[0].subscription.open = UP, True
         async with session.get(f"{url}/v1/models/name") as answer:
             assert (await answer.json())["id"] == "name"
         async with session.get(f"{url}/v1/models/m") as answer:
@@ -123,7 +124,7 @@ def test_a_request_waits_for_its_place_no_longer_than_it_may(asked_s, allowed_s,
 
     async def main() -> None:
         nodes = Nodes((), CONFIG.decode)
-        nodes.decode[0].status = UP
+        nodes.decode[0].status, nodes.decode[0].subscription.open = UP, True
         monkeypatch.setattr(flow_module, "Handover", Handover)
         models = Models(nodes, own_defaults=False)
         models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))

@@ -47,7 +47,7 @@ def with_models(use) -> None:
 
         async def announce(*statuses: pb.WorkerStatus | None) -> None:
             for node, one in zip(nodes.decode, statuses, strict=False):
-                node.status = one
+                node.status, node.subscription.open = one, True
             await nodes.tell()
 
         try:
