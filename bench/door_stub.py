@@ -74,6 +74,7 @@ class Decode(Watched, DecodeServicer):
     def __init__(self, model: str, tokenizer: str):
         super().__init__(model, tokenizer)
         self._subscribers: dict[str, Subscriber] = {}
+        self._steps = Steps()
 
     async def Subscribe(
         self, subscription: pb.Subscription, context: grpc.aio.ServicerContext
@@ -104,7 +105,7 @@ class Decode(Watched, DecodeServicer):
         wanted, gap = opening.sequence.sampling.max_tokens, opening.sequence.sampling.seed / 1e6
         for number in range(given, wanted):
             if number and gap:
-                await next_step(gap)
+                await self._steps.next(gap)
             reason = "length" if number == wanted - 1 else ""
             tell(tokens=pb.Tokens(token_ids=[TOKEN], finish_reason=reason))
         tell(finished=pb.Finished())
@@ -112,10 +113,21 @@ class Decode(Watched, DecodeServicer):
         return pb.ContinueEnd()
 
 
-async def next_step(gap: float) -> None:
-    """Wait for the next moment that is a whole number of gaps after the clock's zero."""
-    now = asyncio.get_running_loop().time()
-    await asyncio.sleep(gap - now % gap)
+class Steps:
+    """Moments that all streams of one gap share: whole numbers of gaps after the clock's zero."""
+
+    def __init__(self) -> None:
+        self._next: dict[float, asyncio.Event] = {}
+
+    async def next(self, gap: float) -> None:
+        loop = asyncio.get_running_loop()
+        if gap not in self._next:
+            self._next[gap] = asyncio.Event()
+            loop.call_later(gap - loop.time() % gap, self._step, gap)
+        await self._next[gap].wait()
+
+    def _step(self, gap: float) -> None:
+        self._next.pop(gap).set()
 
 
 async def serve(prefill: str, decode: str, model: str, tokenizer: str) -> None:

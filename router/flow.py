@@ -77,6 +77,10 @@ class Progress:
         """The choices of a job that go on."""
         return [choice for choice in job.choices if choice in self.sent]
 
+    def over(self, job: Job) -> bool:
+        """Whether none of them goes on."""
+        return not self.sent or self.sent.keys().isdisjoint(job.choices)
+
     def untouched(self, job: Job) -> bool:
         return all(self.sent.get(choice) == [] for choice in job.choices)
 
@@ -135,17 +139,17 @@ class Flow:
             model = await self.ready_model(job.model.name, patience)  # to fail here is final
             if model.tokenizer != job.model.tokenizer:
                 raise Unavailable(f"{model.name} has become another model; try again")
-            if not progress.of(job):
+            if progress.over(job):
                 return
             try:
                 async with aclosing(self._attempt(job, record, progress, give_up, model)) as pieces:
                     async for piece in pieces:
                         if progress.take(piece):
                             yield piece
-                        if not progress.of(job):
+                        if progress.over(job):
                             return
             except RETRIED as error:
-                if not progress.of(job):
+                if progress.over(job):
                     return
                 if attempt == ATTEMPTS or self._stopping:
                     raise
