@@ -71,15 +71,17 @@ def erase(
 
 
 def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
-    """Rows of the same columns: as JSON, as a table on a terminal, or as lines whose columns are apart by two
-    spaces."""
+    """Rows of the same columns: as JSON, as a table on a terminal, or as lines whose columns are below their names and
+    apart by two spaces or more; nothing where there are none."""
     if as_json:
         print(json.dumps(rows, indent=2))
     elif sys.stdout.isatty():
         _show_table(rows)
-    else:
-        for row in rows:
-            print("  ".join(map(text_of, row.values())))
+    elif rows:
+        lines = [list(rows[0]), *([text_of(value) for value in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            print("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _show_table(rows: Sequence[dict[str, Any]]) -> None:

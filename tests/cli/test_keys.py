@@ -65,9 +65,14 @@ def test_keys_from_first_to_last(kvferry, path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert Tenants.load(path).authenticate(f"Bearer {key}").name == "acme"
     key_id = key.split("-")[1]
-    assert re.fullmatch(
-        rf"{key_id}  acme  \d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ  -  valid\n", kvferry("keys", "list").stdout
-    )
+    names, row = kvferry("keys", "list").stdout.splitlines()
+    assert names.split() == ["id", "tenant", "created", "expires", "state"]
+    assert re.fullmatch(rf"{key_id}  acme    \d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ  -        valid", row)
+    assert [row.index(one) for one in ("acme", "-  ", "valid")] == [
+        names.index(one) for one in ("tenant", "expires", "state")
+    ]
+    tenants = kvferry("tenants", "list").stdout.splitlines()
+    assert [line.split()[i] for line in tenants for i in (0, 2)] == ["tenant", "keys", "acme", "1"]
     revoked = kvferry("keys", "revoke", key_id)
     assert (
         revoked.stdout
