@@ -120,8 +120,8 @@ class Front:
         return as_json({"status": "ok"})
 
     async def _ready(self, request: web.Request) -> web.Response:
-        """Ready is who has a decode worker, which can compute everything by itself; what else is missing is told."""
-        missing = self._models.missing()
+        """Ready is who has a decode worker, which can compute everything by itself; who else is missing is told."""
+        missing = "; ".join(filter(None, [self._models.missing(), *self._models.absent()]))
         if not self._models.up():
             raise Unavailable(missing)
         return as_json({"status": "ready"} | ({"missing": missing} if missing else {}))

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvferry.common.errors import ConfigError, InvalidRequest, ModelNotFound, Unavailable
@@ -120,3 +121,15 @@ class Models:
         if (missing := self._nodes.missing()) or any(map(self.can_be_served, self._nodes.decode)):
             return missing
         return "the tokenizer of no decode node's model is loaded"
+
+    def absent(self) -> Iterator[str]:
+        """Each worker that this router was told of and that is not there, and each model that was announced and
+        is not served while others are, for a person."""
+        for node in self._nodes.all:
+            if not node.ready:
+                yield f"the {node.role} node at {node.address} is not ready"
+            elif node.role == "decode" and not self.can_be_served(node):
+                yield f"the tokenizer of {node.model.name}, which {node.address} runs, is not loaded"
+        served = {name for name, _, _ in self.up()}
+        for name in sorted(set(self._known()) - served if served else ()):
+            yield f"no decode node serves {name}"

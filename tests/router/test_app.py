@@ -66,11 +66,13 @@ def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]]) -> N
 def test_ready_is_who_has_a_decode_worker():
     async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
         (prefill,), (decode,) = nodes.prefill, nodes.decode
+        no_prefill = f"the prefill node at {prefill.address} is not ready"
+        no_decode = f"the decode node at {decode.address} is not ready"
         for prefill.status, decode.status, decode.subscription.open, status, told in (
-            (None, None, False, 503, "no decode node is ready"),
-            (UP, None, False, 503, "no decode node is ready"),
-            (UP, UP, False, 503, "no decode node is ready"),
-            (None, UP, True, 200, "no prefill node is ready for a decode node"),
+            (None, None, False, 503, f"no decode node is ready; {no_prefill}; {no_decode}"),
+            (UP, None, False, 503, f"no decode node is ready; {no_decode}"),
+            (UP, UP, False, 503, f"no decode node is ready; {no_decode}"),
+            (None, UP, True, 200, f"no prefill node is ready for a decode node; {no_prefill}"),
             (UP, UP, True, 200, None),
         ):
             async with session.get(f"{url}/ready") as answer:
