@@ -30,11 +30,14 @@ def load_defaults(model: str, revision: str | None = None) -> SamplingDefaults:
     from transformers.utils import cached_file  # takes two seconds, so only who loads a model pays
 
     found = cached_file(model, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if found is None:
-        return NO_DEFAULTS
+    return NO_DEFAULTS if found is None else read_defaults(Path(found))
+
+
+def read_defaults(file: Path) -> SamplingDefaults:
+    """What a generation_config.json says. Raises ConfigError."""
     try:
-        advised = json.loads(Path(found).read_bytes())
+        advised = json.loads(file.read_bytes())
         advised = {name: advised[name] for name in SamplingDefaults.__struct_fields__ if advised.get(name) is not None}
         return msgspec.convert(advised | {"top_k": max(advised.get("top_k", 0), 0)}, SamplingDefaults)
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{found} is not valid: {error}; mend it, or take it out of the model's folder") from error
+        raise ConfigError(f"{file} is not valid: {error}; mend it, or take it out of the model's folder") from error

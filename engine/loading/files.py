@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,14 @@ from kvferry.common.errors import ConfigError
 WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 UNWANTED_FILES = ("consolidated*", "*/*.safetensors")  # the same weights again, in other layouts
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SMALL_FILES = ("*.json",)  # enough to know a model by, but for its weights
+OLDER_NAMES = {
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_positions": "max_position_embeddings",
+    "torch_dtype": "dtype",
+}
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of what is cast to the dtype that the model runs in
 
 
@@ -31,9 +40,9 @@ def told_as(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {reason}") from error
 
 
-def find_folder(model: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint; a hub id is looked up in the hub's cache or fetched. Only a hub id can have a
-    revision."""
+def find_folder(model: str, revision: str | None, wanted: Sequence[str] = WANTED_FILES) -> Path:
+    """The local folder of a checkpoint; a hub id is looked up in the hub's cache or fetched, its `wanted` files. Only a
+    hub id can have a revision."""
     if (path := Path(model).expanduser()).is_dir():
         if revision is not None:
             raise ConfigError(f"--revision {revision} is for models of the hub, and {model} is a folder")
@@ -44,11 +53,21 @@ def find_folder(model: str, revision: str | None) -> Path:
         folder = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=list(WANTED_FILES),
+            allow_patterns=list(wanted),
             ignore_patterns=list(UNWANTED_FILES),
             local_files_only=constants.HF_HUB_OFFLINE,  # older versions look a commit's files up even then
         )
     return Path(folder)
+
+
+def read_told(folder: Path) -> SimpleNamespace:
+    """What config.json says, by the names that transformers gives it today. Raises ConfigError."""
+    with told_as(f"{folder} holds no usable config.json"):
+        told = json.loads((folder / "config.json").read_text("utf-8"))
+        if not isinstance(told, dict) or not isinstance(told.get("model_type"), str):
+            raise ValueError("it names no model_type")
+        known = {OLDER_NAMES.get(name, name): value for name, value in told.items()}
+        return SimpleNamespace(**known | {"architectures": known.get("architectures") or [told["model_type"]]})
 
 
 def weight_files(folder: Path) -> list[Path]:

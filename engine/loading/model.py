@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import set_tqdm_hook
 
-from kvferry.common.block import DTYPE_BYTES, BlockLayout
+from kvferry.common.block import BlockLayout
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError, IncompatibleNode
 from kvferry.common.process import usable_cores
@@ -26,6 +26,8 @@ from kvferry.engine.loading.architectures import (
     check_config,
     check_known,
     check_max_model_len,
+    kv_layout,
+    pick_dtype,
 )
 from kvferry.engine.loading.checkpoint import end_tokens, read_config
 from kvferry.engine.loading.files import find_folder, told_as
@@ -142,26 +144,6 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: torch sees no GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: torch sees {there} GPUs here, counted from cuda:0")
     return device
-
-
-def pick_dtype(name: str, hf_config: PreTrainedConfig) -> str:
-    """`auto` is the checkpoint's own dtype, float32 if it names none."""
-    if name != "auto":
-        return name
-    own = str(hf_config.dtype or "float32").removeprefix("torch.")
-    if own not in DTYPE_BYTES:
-        raise ConfigError(f"the checkpoint is in {own}; choose --dtype {', '.join(DTYPE_BYTES)}")
-    return own
-
-
-def kv_layout(hf_config: PreTrainedConfig, block_size: int, dtype: str) -> BlockLayout:
-    """What the config says; `self_check` sees whether it is true."""
-    heads = hf_config.num_attention_heads
-    return BlockLayout(
-        kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
-        layers=hf_config.num_hidden_layers,
-        block_size=block_size,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
-        dtype=dtype,
-    )
