@@ -79,6 +79,7 @@ class Continuation:
         self._admitted = self._restored = False
         self._publishers: dict[int, BackgroundPublisher] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._ended: set[int] = set()  # choices that are not wanted any more, and have not begun
 
     async def run(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
         """Generate to the end, and publish; `commands` are those after the first. Raises what ended it early."""
@@ -104,12 +105,27 @@ class Continuation:
     async def _follow(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
         """The router relays the fill's reports; each replaces the one before. Its closing means that none will come."""
         async for command in commands:
-            if command.WhichOneof("command") != "progress":
-                raise InvalidRequest("a continue is opened once; after that only a fill's progress may follow")
-            self._fill.CopyFrom(command.progress)
-            self._fill_moved.set()
+            match command.WhichOneof("command"):
+                case "progress":
+                    self._fill.CopyFrom(command.progress)
+                    self._fill_moved.set()
+                case "end_choice":
+                    self._end_choice(command.end_choice.choice)
+                case _:
+                    raise InvalidRequest("a continue is opened once; a fill's progress, and ends of choices may follow")
         self._fill.done = True
         self._fill_moved.set()
+
+    def _end_choice(self, choice: int) -> None:
+        if self._seq.params.n == 1:  # it has forked, unless it is for one choice only
+            self._engine.end_choice(self._seq, choice)
+        else:
+            self._ended.add(choice)
+            self._seq.first_tokens = self._going_on(self._seq.first_tokens)
+
+    def _going_on(self, first_tokens: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        """Those, by choice, that the client still wants; one at least."""
+        return tuple(known for known in first_tokens if known[0] not in self._ended) or first_tokens[:1]
 
     async def _generate(self) -> None:
         try:
@@ -166,7 +182,7 @@ class Continuation:
         known = enumerate(self._fill.first_tokens, start=seq.params.choice)
         going_on = [(choice, first.token_id) for choice, first in known if not first.finish_reason]
         if seq.params.n > 1:
-            seq.first_tokens = tuple(going_on)
+            seq.first_tokens = self._going_on(tuple(going_on))
         else:
             seq.append(self._fill.first_tokens[0].token_id)
 

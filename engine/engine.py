@@ -122,6 +122,15 @@ class Engine:
                 self.scheduler.withdraw(member)
             self._admit()
 
+    def end_choice(self, seq: Sequence, choice: int) -> None:
+        """Of a sequence that has forked, one choice is not wanted any more. The last one goes on: to end that, cancel
+        `generate`."""
+        going_on = [member for member in self.scheduler.members(seq.group) if not member.withdrawn]
+        for member in going_on:
+            if member.params.choice == choice and len(going_on) > 1:
+                self.scheduler.withdraw(member)
+        self._admit()
+
     def _admit_soon(self) -> None:
         """Blocks have become free, perhaps long after their sequence ended: somebody may be waiting for them."""
         if not self._admitting and not self._stopping:

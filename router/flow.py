@@ -10,7 +10,7 @@ with them everything behind the request.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -68,10 +68,12 @@ class Progress:
     def __init__(self, job: Job):
         self.sent: dict[int, list[int]] = {choice: [] for choice in job.choices}  # of the choices that go on
         self.scored = 0  # prompt tokens, besides the first, whose log probability has been given out
+        self.tell_end: Callable[[int], None] | None = None  # whoever computes several choices for it
 
     def end(self, choice: int) -> None:
         """The choice has all that it needs: what comes for it from here on is dropped. May be repeated."""
-        self.sent.pop(choice, None)
+        if self.sent.pop(choice, None) is not None and self.sent and self.tell_end is not None:
+            self.tell_end(choice)
 
     def of(self, job: Job) -> list[int]:
         """The choices of a job that go on."""
@@ -91,7 +93,7 @@ class Progress:
                 return False
             self.sent[piece.choice] += piece.token_ids
             if piece.finish_reason:
-                self.end(piece.choice)
+                del self.sent[piece.choice]
         return bool(piece.token_ids or piece.prompt_logprobs)
 
 
@@ -182,6 +184,8 @@ class Flow:
         self._check_wanted(job)
         handover = await self._admitted(sequence, model, cached, names, record, give_up, fills=not scores)
         self._active[handover] = job.keys.pseudonym
+        if job.params.n > 1:
+            progress.tell_end = handover.end_choice
         scored = 0
         try:
             self._check_wanted(job)  # it may have waited long for its place
@@ -193,6 +197,7 @@ class Flow:
                 yield piece
         finally:
             del self._active[handover]
+            progress.tell_end = None
             if handover.ended:
                 self._finish_later(handover)
             else:

@@ -58,12 +58,13 @@ class Handover:
         self._record, self._metrics = record, metrics
         self._continue = placement.decode.stub.Continue()
         self._choice = sequence.sampling.choice
-        self._going_on = sequence.sampling.n or 1
+        self._going_on = set(range(self._choice, self._choice + (sequence.sampling.n or 1)))
         self._subscription = placement.decode.subscription
         self._stream = self._subscription.add(self._hear)
         self._out: asyncio.Queue[Piece | KvferryError | None] = asyncio.Queue()  # None: it is admitted
         self._restored = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
         self._counted, self._filling = ExitStack(), ExitStack()
         self._counted.enter_context(placement.decode.stream())
         if placement.prefill is not None:  # from now on, so that others placed at the same time go elsewhere
@@ -92,7 +93,7 @@ class Handover:
 
     @property
     def ended(self) -> bool:
-        """Whether `pieces` has given the last piece of every choice."""
+        """Whether `pieces` has given the last piece of every choice that is wanted."""
         return not self._going_on
 
     async def pieces(self, clock: Clock, give_up: float) -> AsyncIterator[Piece]:
@@ -104,7 +105,8 @@ class Handover:
                 piece = await self._out.get()
                 if isinstance(piece, KvferryError):
                     raise piece
-                self._going_on -= piece.finish_reason is not None
+                if piece.finish_reason is not None:
+                    self._going_on.discard(piece.choice)
                 yield piece
         finally:
             alarm.cancel()
@@ -223,9 +225,19 @@ class Handover:
 
     async def _write(self, command: pb.ContinueCommand) -> None:
         try:
-            await self._continue.write(command)
+            async with self._writing:
+                await self._continue.write(command)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise _DecodeEnded from error
+
+    def end_choice(self, choice: int) -> None:
+        """The client has all that it wants of one choice; others go on."""
+        self._going_on.discard(choice)
+        self._tasks.append(asyncio.create_task(self._end_choice(choice)))
+
+    async def _end_choice(self, choice: int) -> None:
+        with suppress(_DecodeEnded):
+            await self._write(pb.ContinueCommand(end_choice=pb.EndChoice(choice=choice)))
 
     def abort(self, why: KvferryError) -> None:
         """Have `pieces` raise."""

@@ -213,12 +213,14 @@ class FillReport(_message.Message):
     def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ..., started: bool = ...) -> None: ...
 
 class ContinueCommand(_message.Message):
-    __slots__ = ("open", "progress")
+    __slots__ = ("open", "progress", "end_choice")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    END_CHOICE_FIELD_NUMBER: _ClassVar[int]
     open: ContinueOpen
     progress: FillProgress
-    def __init__(self, open: _Optional[_Union[ContinueOpen, _Mapping]] = ..., progress: _Optional[_Union[FillProgress, _Mapping]] = ...) -> None: ...
+    end_choice: EndChoice
+    def __init__(self, open: _Optional[_Union[ContinueOpen, _Mapping]] = ..., progress: _Optional[_Union[FillProgress, _Mapping]] = ..., end_choice: _Optional[_Union[EndChoice, _Mapping]] = ...) -> None: ...
 
 class ContinueOpen(_message.Message):
     __slots__ = ("sequence", "expects_fill", "subscriber", "stream")
@@ -241,6 +243,12 @@ class FillProgress(_message.Message):
     first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
     done: bool
     def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ...) -> None: ...
+
+class EndChoice(_message.Message):
+    __slots__ = ("choice",)
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    def __init__(self, choice: _Optional[int] = ...) -> None: ...
 
 class ContinueEnd(_message.Message):
     __slots__ = ()

@@ -100,20 +100,22 @@ def test_filled_by_another_node(models, length):
             node.forget()
             seq = node.sequence(prompt, 10, n=3, **DRAWN)
             report.first_tokens[1].finish_reason = "stop"  # as if it had been the last one
-            told = await continued(node, seq, pb.FillProgress(
+            progress = pb.FillProgress(
                 committed_blocks=report.committed_blocks, first_tokens=report.first_tokens, done=True
-            ))  # fmt: skip
+            )
+            told = await continued(node, seq, pb.ContinueCommand(progress=progress))
             assert told == {0: alone[0][1:], 2: alone[2][1:]}
             fill.close()
 
     asyncio.run(main())
 
 
-async def continued(node, seq, progress) -> dict[int, list[int]]:
-    """What a decode node sends for a sequence, given the fill's progress, by choice."""
+async def continued(node, seq, *given: pb.ContinueCommand) -> dict[int, list[int]]:
+    """What a decode node sends for a sequence, by choice, given these commands."""
 
     async def commands():
-        yield pb.ContinueCommand(progress=progress)
+        for command in given:
+            yield command
 
     told: dict[int, list[int]] = {}
     last: list[str] = []
@@ -137,6 +139,57 @@ def test_an_abort_ends_all_branches(models):
             await asyncio.gather(group, return_exceptions=True)
             assert group.cancelled()
             await until(lambda: node.engine.idle)  # the step that was in flight
+
+    asyncio.run(main())
+
+
+def test_a_choice_that_is_not_wanted_any_more(models):
+    """It stops at once, whatever it is doing; the others are what they are alone, and the last one goes on."""
+    prompt = prompt_of(37)
+
+    async def main():
+        async with running(models["llama"]) as node:
+            alone = await one_by_one(node, prompt, 3, 200, **DRAWN)
+            node.forget()
+            seq = node.sequence(prompt, 200, n=3, **DRAWN)
+            group = asyncio.create_task(node.choices(seq))
+            await until(lambda: len(node.engine.scheduler.of(Status.RUNNING)) == 3)
+            held = node.engine.pool.num_free
+            node.engine.end_choice(seq, 1)
+            node.engine.end_choice(seq, 1)
+            await until(lambda: len(node.engine.scheduler.of(Status.RUNNING)) == 2)
+            assert node.engine.pool.num_free > held
+            node.engine.end_choice(seq, 0)
+            node.engine.end_choice(seq, 2)
+            await until(lambda: len(node.engine.scheduler.of(Status.RUNNING)) == 1)
+            together = await group
+            assert together[2] == alone[2], "the last one cannot be ended so"
+            for choice in (0, 1):
+                assert together[choice] == alone[choice][: len(together[choice])]
+                assert len(together[choice]) < 200
+            node.engine.end_choice(seq, 2)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("wanted", [(0, 2), (1,), (2,)])
+def test_ended_by_its_first_token(models, wanted):
+    """The router has seen all that it wants of some choices before this node has begun with them."""
+    prompt = prompt_of(21)
+
+    async def main():
+        async with running(models["llama"]) as node:
+            alone = await one_by_one(node, prompt, 3, 10, **DRAWN)
+            fill, report = await node.fill(prompt, n=3, **DRAWN)
+            node.forget()
+            seq = node.sequence(prompt, 10, n=3, **DRAWN)
+            ends = [pb.ContinueCommand(end_choice=pb.EndChoice(choice=choice)) for choice in {0, 1, 2} - set(wanted)]
+            progress = pb.FillProgress(
+                committed_blocks=report.committed_blocks, first_tokens=report.first_tokens, done=True
+            )
+            told = await continued(node, seq, *ends, pb.ContinueCommand(progress=progress))
+            assert told == {choice: alone[choice][1:] for choice in wanted}
+            fill.close()
 
     asyncio.run(main())
 

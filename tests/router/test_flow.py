@@ -249,3 +249,21 @@ def test_a_prompt_counts_once_however_many_choices_go_on():
     assert told["bytes_pulled"] == 10
     record.restores[0] = reuse(0, 96, 10)
     assert record.reused == 32, "a failover raised the number of cached tokens"
+
+
+def test_who_computes_several_choices_hears_of_an_early_end():
+    """Once; not of one that came to its own end; not of the last, whose stream is closed."""
+    progress, told = Progress(job_of(4)), []
+    progress.tell_end = told.append
+    assert progress.take(Piece((5,), "length", 0))
+    progress.end(0)
+    assert told == []
+    progress.end(1)
+    progress.end(1)
+    assert told == [1]
+    assert not progress.take(Piece((5,), None, 1))
+    progress.end(3)
+    assert told == [1, 3]
+    progress.end(2)
+    assert told == [1, 3]
+    assert progress.over(job_of(4))

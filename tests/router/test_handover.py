@@ -44,6 +44,7 @@ class Scripted(DecodeServicer):
     @answers_errors
     async def Continue(self, commands, context):
         stream = (await first_command(commands)).open.stream
+        self.commands = commands
         try:
             await self._script(self, lambda **event: self.subscriber.send(pb.ContinueEvent(stream=stream, **event)))
             await self.subscriber.flushed()
@@ -56,8 +57,11 @@ def token(number: int, reason: str = "") -> dict[str, pb.Tokens]:
     return {"tokens": pb.Tokens(token_ids=[number], finish_reason=reason)}
 
 
-def hand_over(tmp_path, script: Script, admission_s: float = 10.0) -> tuple[list[int], KvferryError | None, bool]:
-    """The tokens that came, what they ended in, and whether the node is still taken to be there."""
+def hand_over(
+    tmp_path, script: Script, admission_s: float = 10.0, n: int = 1, ends: dict[int, int] | None = None
+) -> tuple[list[int], KvferryError | None, bool]:
+    """The tokens that came, what they ended in, and whether the node is still taken to be there. `ends`: after which
+    token which choice is not wanted any more."""
 
     async def main():
         service, server = Scripted(script), grpc.aio.server()
@@ -69,7 +73,7 @@ def hand_over(tmp_path, script: Script, admission_s: float = 10.0) -> tuple[list
         nodes.start()
         (node,) = nodes.decode
         assert await nodes.wait_for(lambda: node.ready, 10)
-        sequence = pb.Sequence(token_ids=[1, 2], sampling=pb.Sampling(n=1))
+        sequence = pb.Sequence(token_ids=[1, 2], sampling=pb.Sampling(n=n))
         handover = Handover(sequence, Placement(node, None, 0), nodes, Record("r", 2, 0.0), Metrics())
         got, error = [], None
         clock = MonotonicClock()
@@ -77,6 +81,8 @@ def hand_over(tmp_path, script: Script, admission_s: float = 10.0) -> tuple[list
             await handover.open(admission_s)
             async for piece in handover.pieces(clock, clock.now() + 20):
                 got += piece.token_ids
+                if ends and (choice := ends.pop(got[-1], None)) is not None:
+                    handover.end_choice(choice)
         except KvferryError as caught:
             error = caught
         there = node.status is not None
@@ -175,3 +181,24 @@ def test_tokens_before_admission(tmp_path):
 
     got, error, _ = hand_over(tmp_path, script)
     assert (got, type(error)) == ([], Internal)
+
+
+@pytest.mark.parametrize("too_late", [False, True])
+def test_a_choice_that_is_not_wanted_any_more(tmp_path, too_late):
+    """The node is told; `too_late`: when the choice has come to its own end meanwhile."""
+
+    async def script(service, tell):
+        tell(admitted=pb.Admitted())
+        tell(tokens=pb.Tokens(token_ids=[10], choice=0))
+        tell(tokens=pb.Tokens(token_ids=[20], choice=1))
+        async for command in service.commands:
+            assert command.end_choice.choice == 1
+            break
+        if too_late:
+            tell(tokens=pb.Tokens(token_ids=[21], choice=1, finish_reason="length"))
+        tell(tokens=pb.Tokens(token_ids=[11], choice=0))
+        tell(tokens=pb.Tokens(token_ids=[12], choice=0, finish_reason="length"))
+        tell(finished=pb.Finished())
+
+    got, error, there = hand_over(tmp_path, script, n=2, ends={20: 1})
+    assert (got, error, there) == ([10, 20, *([21] if too_late else []), 11, 12], None, True)
