@@ -280,14 +280,12 @@ def test_a_priority_is_taken(client, prompts):
 
 
 class TestDeadDecode:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def cluster(own) -> Cluster:
-        return own()
-
-    @pytest.mark.parametrize("known", [False, True], ids=["cold", "warm"])
-    def test_decode_killed_with_three_choices(self, known, cluster, prompts):
+    @pytest.mark.parametrize(
+        "known", [pytest.param(False, id="cold"), pytest.param(True, id="warm", marks=pytest.mark.long)]
+    )
+    def test_decode_killed_with_three_choices(self, known, slow, prompts):
         """Each goes on after its own last token; the prompt counts once, and as found before the failure."""
+        cluster = slow
         prompt, decode = prompts.tokens(150), cluster.of_role("decode")
         fields = {"n": 3, "max_tokens": 200, "logprobs": 0, **DRAWN}
         if known:

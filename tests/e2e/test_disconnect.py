@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from itertools import product
 from typing import Any
 
 import psutil
@@ -13,10 +14,9 @@ GONE_S = 1.0
 STATUS_S = 1.1  # a worker tells its numbers at least once a second
 
 
-@pytest.fixture(scope="module")
-def cluster(own) -> Cluster:
-    """Publishing a chunk takes a third of a second, so a long prompt can be met half filled."""
-    return own("--prefill-arg=--failpoint=publish.copied=sleep:0.3")
+@pytest.fixture
+def cluster(slow) -> Cluster:
+    return slow
 
 
 def held(cluster: Cluster) -> dict[str, Any]:
@@ -54,15 +54,20 @@ def generating(cluster: Cluster) -> bool:
     return bool(not cluster.node("prefill")["streams"] and cluster.node("decode")["running"])
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-@pytest.mark.parametrize("during", [filling, generating])
-@pytest.mark.parametrize("clients", [1, 5])
-def test_everything_is_given_back(clients, during, stream, cluster, prompts):
+EVERY_WAY = list(product((1, 5), (filling, generating), ("stream", "whole")))
+SOME_WAYS = [EVERY_WAY[at] for at in (0, 3, 5, 6)]  # any two of their values are met together
+
+
+@pytest.mark.parametrize(
+    ("clients", "during", "how"),
+    [pytest.param(*way, marks=() if way in SOME_WAYS else pytest.mark.long) for way in EVERY_WAY],
+)
+def test_everything_is_given_back(clients, during, how, cluster, prompts):
     cluster.ask(prompts.tokens(300))  # whatever is made once is there
     cluster.settle()
     time.sleep(STATUS_S)  # the numbers are those of rest
     before, before_fds = held(cluster), fds(cluster)
-    connections = [send(cluster, prompts, 150, max_tokens=600, stream=stream) for _ in range(clients)]
+    connections = [send(cluster, prompts, 150, max_tokens=600, stream=how == "stream") for _ in range(clients)]
     until(lambda: during(cluster), 20, during.__name__)
     busy = held(cluster)
     assert busy["decode"]["free_blocks"] < before["decode"]["free_blocks"]

@@ -62,10 +62,10 @@ class TestBadBytes:
 class TestDeadWorkers:
     """One cluster whose processes are killed in turn."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     @staticmethod
-    def cluster(own) -> Cluster:
-        return own("--prefill-arg=--failpoint=publish.copied=sleep:0.3")
+    def cluster(slow) -> Cluster:
+        return slow
 
     def test_store_killed_while_idle(self, cluster, oracle, prompts):
         prompt, store = prompts.tokens(150), cluster.of_role("store")
@@ -159,6 +159,7 @@ def test_prefill_killed_in_a_long_prompt(own, oracle, prompts):
     assert again.account["reused"] == {"gpu": 0, "host": 784}, "decode published what it computed"
 
 
+@pytest.mark.long
 def test_prefill_killed_with_another_there(own, oracle, prompts):
     """The other one takes what the first has published and fills the rest; that is no hit."""
     cluster = own("--prefill=2", "--prefill-arg=--failpoint=publish.granted=kill@3")
@@ -173,11 +174,10 @@ def test_prefill_killed_with_another_there(own, oracle, prompts):
 
 
 class TestStopped:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     @staticmethod
-    def cluster(own) -> Cluster:
-        slow = "--prefill-arg=--failpoint=publish.copied=sleep:0.3"
-        return own("--prefill=2", "--decode=2", "--lease-seconds=0.5", slow)
+    def cluster(pairs) -> Cluster:
+        return pairs
 
     def stop_publisher(self, cluster: Cluster) -> psutil.Process:
         """Stop the prefill worker that is writing, between its copy and its commit."""
@@ -211,7 +211,7 @@ class TestStopped:
         reply = cluster.ask(prompt)
         assert oracle.refuses(prompt, reply.token_ids) == ""
         assert reply.account["reused"] == {"gpu": 0, "host": 192}
-        assert cluster.store()["bad_blocks"] == 0, "somebody read what a stopped publisher wrote"
+        assert cluster.store()["bad_blocks"] == before["bad_blocks"], "somebody read what a stopped publisher wrote"
 
     @pytest.mark.parametrize("role", ["prefill", "decode"])
     def test_one_that_stays_stopped_is_taken_for_dead(self, role, cluster, oracle, prompts):

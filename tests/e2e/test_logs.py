@@ -10,25 +10,27 @@ from e2e.cluster import Cluster, credential, until
 from e2e.conftest import TENANTS_FILE
 
 
-def requests_of(cluster: Cluster) -> dict[tuple[str, str], list[str]]:
+def requests_of(cluster: Cluster, begin: int = 0) -> dict[tuple[str, str], list[str]]:
     """Messages by role and request."""
     found: dict[tuple[str, str], list[str]] = {}
-    for line in lines_of(cluster):
+    for line in lines_of(cluster, begin):
         if "request_id" in line:
             found.setdefault((line["role"], line["request_id"]), []).append(line["message"])
     return found
 
 
-def lines_of(cluster: Cluster) -> list[dict]:
-    """Every line but the one for people, which says that it is ready."""
+def lines_of(cluster: Cluster, begin: int = 0) -> list[dict]:
+    """Every line from the `begin`th on but the one for people, which says that it is ready."""
     lines = cluster.log.read_text().splitlines()
     assert sum(line.startswith("kvferry is ready: http://127.0.0.1:") for line in lines) == 1
-    return [json.loads(line) for line in lines if not line.startswith("kvferry is ready")]
+    return [json.loads(line) for line in lines[begin:] if not line.startswith("kvferry is ready")]
 
 
-@pytest.fixture(scope="module")
-def cluster(own) -> Cluster:
-    return own("--log-level=DEBUG", "--decode=2")
+@pytest.fixture
+def cluster(pairs) -> Cluster:
+    """It tells of everything, and has been hurt before."""
+    pairs.settle()
+    return pairs
 
 
 def ask(cluster: Cluster, request_id: str, prompt: list[int] | str, **fields) -> int:
@@ -54,18 +56,25 @@ def test_lines_of_a_request_have_its_id_and_a_role(cluster, prompts, probe_of):
 
 
 def test_a_worker_that_dies_is_told_under_the_request(cluster, prompts):
+    begin = len(lines_of(cluster))
     with cluster.open(prompts.tokens(100), max_tokens=400) as stream:
         stream.read_tokens(1)
         streams = until(lambda: [cluster.node("decode", number)["streams"] for number in (0, 1)], 5, "told")
         cluster.of_role("decode", streams.index(1)).kill()
         assert len(stream.rest().token_ids) == 400
-    until(lambda: any("attempt 1 failed" in told for of in requests_of(cluster).values() for told in of), 5, "told")
-    assert any(line["role"] == "serve" and "was killed by SIGKILL" in line["message"] for line in lines_of(cluster))
+    until(
+        lambda: any("attempt 1 failed" in told for of in requests_of(cluster, begin).values() for told in of), 5, "told"
+    )
+    assert any(
+        line["role"] == "serve" and "was killed by SIGKILL" in line["message"] for line in lines_of(cluster, begin)
+    )
     until(lambda: all(node["ready"] for node in cluster.nodes()["nodes"]), 60, "back")
 
 
-def test_no_prompt_no_key_no_name_is_in_a_log(cluster, prompts, keys, folder, probe_of):
+def test_no_prompt_no_key_no_name_is_in_a_log(last_of, prompts, keys, folder, probe_of):
     """At the most talkative level, after requests of every kind. Runs last: it looks at what the others left, too."""
+    cluster = last_of("pairs")
+    cluster.settle()
     probe, prompt, text = probe_of(cluster), prompts.tokens(120), prompts.text(200)
     key = keys["acme"]
     salt = "a-salt-of-a-client"

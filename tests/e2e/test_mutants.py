@@ -12,7 +12,9 @@ from e2e.mutants import MUTANTS, VARIABLE
 COMMAND = (sys.executable, str(Path(__file__).with_name("mutants.py")))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch == "llama" else pytest.mark.long) for arch in ARCHITECTURES]
+)
 def test_every_fault_is_seen(arch, oracles, folder, own, probe_of):
     fault = folder / f"{arch}.mutant"
     fault.write_text("")

@@ -3,12 +3,18 @@
 from functools import partial
 
 import pytest
+from e2e.cluster import Cluster
 
 
 @pytest.mark.parametrize("prefill", [1, 2])
-def test_two_identical_prompts_at_once(prefill, own, oracle, prompts):
+def test_two_identical_prompts_at_once(prefill, shared, own, oracle, prompts):
     """On one prefill worker, where both fills share a connection, and on two, where they do not."""
-    cluster = own(f"--prefill={prefill}", "--prefill-arg=--failpoint=publish.copied=sleep:0.05")
+    if prefill == 1:
+        cluster = shared("slow")
+    else:
+        cluster = own("--prefill=2", "--prefill-arg=--failpoint=publish.copied=sleep:0.05", tenants=False)
+    cluster.settle()
+    pulled = pulled_by_prefill(cluster)
     for length in (300, 800):
         prompt = prompts.tokens(length)
         cluster.settle()
@@ -23,6 +29,9 @@ def test_two_identical_prompts_at_once(prefill, own, oracle, prompts):
         assert sorted(reply.cached for reply in replies) == [0, length - tail]
         blocks = (length + len(replies[0].token_ids) - 1) // 16  # with those that decode generated, once as well
         assert after["published"] - before["published"] == blocks
-    pulled = [int(node["pulled_bytes"]) > 0 for node in cluster.nodes()["nodes"] if node["role"] == "prefill"]
-    assert any(pulled) == (prefill == 2), "who waits on another worker pulls; on the same one the page pool has it"
-    cluster.stop()
+    some = pulled_by_prefill(cluster) > pulled
+    assert some == (prefill == 2), "who waits on another worker pulls; on the same one the page pool has it"
+
+
+def pulled_by_prefill(cluster: Cluster) -> int:
+    return sum(int(node["pulled_bytes"]) for node in cluster.nodes()["nodes"] if node["role"] == "prefill")

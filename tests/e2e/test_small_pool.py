@@ -9,7 +9,9 @@ from e2e.cluster import BLOCK, Cluster
 POOL = 12  # blocks
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch == "gpt2" else pytest.mark.long) for arch in ARCHITECTURES]
+)
 def test_preempted_and_right(arch, own, oracles, prompts):
     cluster: Cluster = own(f"--decode-arg=--num-gpu-blocks-override={POOL}", arch=arch)
     asked = [prompts.tokens(length) for length in (40, 20, 45, 30, 50, 40)]
