@@ -27,7 +27,7 @@ class Limits:
     prompts: int = _limit(128, "Prompts of a batch.")
     prompt_chars: int = _limit(2**20, "Characters of all prompts of a request that are text.")
     prompt_tokens: int = _limit(2**20, "Tokens of all prompts of a request.")
-    n: int = _limit(128, "Answers to a prompt.")
+    n: int = _limit(64, "Answers to a prompt; a worker's --max-num-seqs bounds them too.")
     choices: int = _limit(256, "Answers of a request: prompts times n.")
     choices_at_once: int = _limit(32, "Answers of a batch that run side by side; one prompt's always do.")
     stops: int = _limit(16, "Stop strings of a request.")

@@ -79,7 +79,7 @@ def test_defaults():
         ("logit_bias", {str(i): 1 for i in range(1024)}, "logit_bias", tuple((i, 1.0) for i in range(1024))),
         ("bad_words", ["a", " b"], "bad_words", ("a", " b")),
         ("stop_token_ids", [2, 0], "stop_token_ids", (2, 0)),
-        ("n", 128, "n", 128),
+        ("n", 64, "n", 64),
         ("best_of", 1, "n", 1),
         ("prompt_logprobs", 0, "prompt_logprobs", 0),
         ("prompt_logprobs", 20, "prompt_logprobs", 20),
@@ -300,7 +300,7 @@ def test_how_many_answers_a_request_may_want():
     assert (param(n=4), param(n=5)) == (None, "n")
     assert (param(prompt=["a"] * 3), param(prompt=["a"] * 4)) == (None, "prompt")
     assert (param(prompt=["a"] * 2, n=4), param(prompt=["a"] * 3, n=3)) == (None, "n")
-    assert (refusal("completion", n=129).param, refusal("chat", n=129).param) == ("n", "n")
+    assert (refusal("completion", n=65).param, refusal("chat", n=65).param) == ("n", "n")
     assert refusal("completion", prompt=["a"] * 100, n=3).param == "n"
 
 

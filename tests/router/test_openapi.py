@@ -103,7 +103,7 @@ def test_the_limits_are_in_it():
     def most(limits: Limits) -> int:
         return openapi(limits)["components"]["schemas"]["ChatBody"]["properties"]["n"]["anyOf"][0]["maximum"]
 
-    assert (most(SMALL), most(DEFAULT_LIMITS)) == (3, 128)
+    assert (most(SMALL), most(DEFAULT_LIMITS)) == (3, 64)
 
 
 def test_every_refusal_has_its_schema():
