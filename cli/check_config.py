@@ -10,9 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from kvferry.cli import serve
+from kvferry.cli.checks import check_router, check_values
 from kvferry.cli.layers import VERSION, Settings, Value
+from kvferry.cli.models import DEMO
+from kvferry.cli.plan import make_plan, understood_plan
 from kvferry.cli.run import Parent
+from kvferry.cli.serve import private_folder
 from kvferry.cli.settings import SECTIONS, SETTINGS, Setting
+from kvferry.common.errors import ConfigError
+from kvferry.common.process import usable_cores
 
 FLAGS = serve.FLAGS
 EXTRA = {
@@ -22,8 +28,25 @@ EXTRA = {
 
 
 def check_config(settings: Settings, parent: Parent, as_json: bool | None, as_toml: bool | None) -> None:
-    """Print every setting's value and where it came from; takes the flags of `serve`."""
-    check(settings)
+    """Print every setting's value and where it came from, then look at all that `serve` looks at before it starts.
+
+    Takes the flags of `serve` and refuses what it refuses, also a port that is taken now, or a model that does not fit
+    into memory now. Without a MODEL only the rest is looked at; the weights of one from the hub are not fetched.
+    """
+    if as_json and as_toml:
+        raise ConfigError("--json and --toml are two ways to print the same; give one of them")
+    check_values(settings)
+    tell(settings, as_json, as_toml)
+    sys.stdout.flush()
+    with private_folder() as folder:
+        if settings["engine.model"] is not None:
+            serve.look(make_plan(settings, folder, usable_cores()), parent.making, fetch_weights=False)
+        else:
+            example = {**settings.values, "engine.model": Value(DEMO, "example")}
+            check_router(understood_plan(make_plan(Settings(example, settings.names), folder, usable_cores())).router)
+
+
+def tell(settings: Settings, as_json: bool | None, as_toml: bool | None) -> None:
     if as_toml:
         print(toml(settings), end="")
     elif as_json:
@@ -31,19 +54,6 @@ def check_config(settings: Settings, parent: Parent, as_json: bool | None, as_to
         print(json.dumps(told, indent=2))
     else:
         show(settings)
-
-
-def check(settings: Settings) -> None:
-    """Raise ConfigError for a wrong value of any section, as the command that takes it would. What is required and not
-    given is no fault here: an example stands in for it."""
-    values = dict(settings.values)
-    for setting in SETTINGS.values():
-        if setting.required and values[setting.path].value is None:
-            values[setting.path] = Value(setting.parse(setting.field.metadata["example"]), "example")
-    complete = Settings(values, settings.names)
-    for section in SECTIONS:
-        own = {"role": section, "engine": complete.of("engine")} if section in ("prefill", "decode") else {}
-        complete.of(section, **own)
 
 
 def plain(path: str, told: Value) -> Any:

@@ -1,17 +1,36 @@
-"""What is looked at before anything is loaded, so that a bad start is told at once."""
+"""What is looked at before anything is loaded or started, so that a bad start is told at once. None of it needs torch
+or transformers."""
 
 import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvferry.cli.layers import Settings, Value
 from kvferry.cli.models import Found
+from kvferry.cli.settings import SECTIONS, SETTINGS
 from kvferry.common.config import EngineConfig, RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.process import available_memory, claim_socket_path
+from kvferry.common.values import size_text
 
 GIB = 2**30
 NVIDIA = Path("/dev/nvidiactl")  # there where the driver is
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model")  # `load_tokenizer` sees whether they are any good
+GPUS = (NVIDIA, *map(Path, ("/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd")))  # what torch calls cuda
+
+
+def check_values(settings: Settings) -> None:
+    """Raise ConfigError for a wrong value of any section, as the command that takes it would. What is required and not
+    given is no fault here: an example stands in for it."""
+    values = dict(settings.values)
+    for setting in SETTINGS.values():
+        if setting.required and values[setting.path].value is None:
+            values[setting.path] = Value(setting.parse(setting.field.metadata["example"]), "example")
+    complete = Settings(values, settings.names)
+    for section in SECTIONS:
+        own = {"role": section, "engine": complete.of("engine")} if section in ("prefill", "decode") else {}
+        complete.of(section, **own)
 
 
 def open_port(host: str, port: int, flag: str) -> int:
@@ -43,6 +62,39 @@ def check_listen(address: str, what: str) -> None:
     else:
         host, _, port = address.rpartition(":")
         open_port(host.strip("[]"), int(port), "--listen")
+
+
+def check_model(found: Found, engine: EngineConfig) -> None:
+    """Raise ConfigError or IncompatibleNode for a model that cannot be served, or not as it is asked for, as far as its
+    config.json tells."""
+    from kvferry.engine.loading.architectures import check_told, kv_layout, pick_dtype
+    from kvferry.engine.loading.files import told_as
+
+    if engine.device.startswith("cuda") and not any(path.exists() for path in GPUS):
+        raise ConfigError(f"--device {engine.device}: there is no GPU on this host; use --device cpu")
+    with told_as(f"{found.folder} holds no usable config.json"):
+        check_told(found.told, engine.max_model_len)
+        dtype = pick_dtype(engine.dtype, found.told)
+        if not all(getattr(found.told, name, None) for name in ("num_attention_heads", "num_hidden_layers")):
+            return  # their type's defaults, which are not known here
+        if not (getattr(found.told, "head_dim", None) or getattr(found.told, "hidden_size", None)):
+            return
+        block_bytes = kv_layout(found.told, engine.block_size, dtype).block_bytes
+    if not engine.num_blocks and engine.kv_cache_bytes < block_bytes:
+        raise ConfigError(
+            f"--kv-cache-size {size_text(engine.kv_cache_bytes)} does not hold one block of {engine.block_size} "
+            f"tokens, which is {size_text(block_bytes)} of {found.name}; give more"
+        )
+
+
+def check_text_side(folder: Path, generation_config: str) -> None:
+    """Raise ConfigError if a model's folder has no tokenizer, or advises to sample in a way that is not right."""
+    from kvferry.router.defaults import FILE, read_defaults
+
+    if not any(file for pattern in TOKENIZERS for file in folder.glob(pattern)):
+        raise ConfigError(f"the tokenizer of {folder} cannot be loaded: there is no tokenizer.json")
+    if generation_config == "auto" and (folder / FILE).is_file():
+        read_defaults(folder / FILE)
 
 
 def check_memory(found: Found, engines: Sequence[EngineConfig], store_bytes: int = 0) -> None:

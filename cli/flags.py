@@ -1,17 +1,19 @@
 """The flags of a command, made from the settings that it takes."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvferry.cli.layers import CONFIG_VARIABLE, resolve
+from kvferry.cli.foreign import FOREIGN
+from kvferry.cli.layers import CONFIG_VARIABLE, Settings, resolve
 from kvferry.cli.run import Parent, plain_errors
-from kvferry.cli.settings import SETTINGS, Setting
-from kvferry.common.config import environment
+from kvferry.cli.settings import SETTINGS, Setting, nearest
+from kvferry.common.config import LogConfig, environment
+from kvferry.common.errors import ConfigError
 from kvferry.common.process import Notifier, die_with_parent
 from kvferry.common.telemetry import setup_logging
 
@@ -88,7 +90,6 @@ def with_flags(command: str, flags: Flags, run: Run, extra: Mapping[str, Any] | 
     """`run` as a function that typer makes a command of. `extra`: flags that are no settings, by name with their
     annotation; `run` gets their values. What is wrong is told in one line, with exit code 2."""
     own = {**(extra or {}), "config": ConfigFile, "notify_fd": NotifyFd, "parent_pid": ParentPid}
-    taken = flags.settings
 
     def called(**given: Any) -> None:
         parent = Parent(notifier=Notifier(given.pop("notify_fd")), pid=given.pop("parent_pid"))
@@ -96,14 +97,15 @@ def with_flags(command: str, flags: Flags, run: Run, extra: Mapping[str, Any] | 
             ours = environment()
             file = given.pop("config") or (Path(ours[CONFIG_VARIABLE]) if ours.get(CONFIG_VARIABLE) else None)
             rest = {name: given.pop(name) for name in extra or {}}
-            said = {path: given[word(path)] for path in taken if given[word(path)] not in (None, [])}
-            settings = resolve(flags.names(), said, ours, file)
+            log_format = given["log_format"] or ours.get(SETTINGS["log_format"].variable) or "auto"
+            setup_logging(command, LogConfig(log_format=log_format))  # for what is wrong with the rest
+            settings = resolve(flags.names(), said(flags, given), ours, file)
             setup_logging(command, settings.of(""))
             if parent.pid is not None:
                 die_with_parent(parent.pid)
             run(settings, parent, **rest)
 
-    annotations = {**{word(path): annotation(flags, setting) for path, setting in taken.items()}, **own}
+    annotations = {**{word(path): annotation(flags, setting) for path, setting in flags.settings.items()}, **own}
     called.__annotations__ = annotations
     called.__signature__ = inspect.Signature(
         [
@@ -113,6 +115,38 @@ def with_flags(command: str, flags: Flags, run: Run, extra: Mapping[str, Any] | 
     )
     called.__doc__ = run.__doc__
     return called
+
+
+def said(flags: Flags, given: Mapping[str, Any]) -> dict[str, object]:
+    """What was given on a command line, by path."""
+    return {path: given[word(path)] for path in flags.settings if given[word(path)] not in (None, [])}
+
+
+def understood(command: str, flags: Flags, arguments: Sequence[str]) -> Settings:
+    """What a command makes of its arguments, with an environment that says nothing. Raises ConfigError."""
+    app = typer.Typer()
+    app.command(command)(with_flags(command, flags, lambda: None))
+    try:
+        context = typer.main.get_command(app).make_context(command, list(arguments))
+    except typer.TyperException as error:
+        raise ConfigError(mistyped(error)) from None
+    return resolve(flags.names(), said(flags, context.params), {}, context.params["config"])
+
+
+def mistyped(error: typer.TyperException) -> str:
+    """What was mistyped, and the nearest that is right. Empty where help has been shown instead."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message().strip().rstrip(".")
+    if context and hasattr(error, "possibilities") and hasattr(error, "option_name"):
+        name, known = error.option_name, [name for param in context.command.params for name in param.opts]
+        hint = FOREIGN.get(name)
+        message = f"there is no {name}" + (f" here: {hint}" if hint else nearest(name, known))
+        if hint:
+            return message
+    if message and not message.endswith("?"):
+        path = context.command_path if context else "kvferry"
+        message += f"; `{path} --help` lists what there is"
+    return message
 
 
 def word(path: str) -> str:

@@ -1,16 +1,14 @@
 """The `kvferry` command. Nothing heavy is imported before a command needs it, so that help is quick."""
 
 import shutil
-import sys
 from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 
 from kvferry.cli import check_config, demo, keys, roles, serve, tenants
-from kvferry.cli.flags import with_flags
-from kvferry.cli.run import EXIT_CONFIG
-from kvferry.cli.settings import nearest
+from kvferry.cli.flags import mistyped, with_flags
+from kvferry.cli.run import EXIT_CONFIG, tell_failure
 
 WIDTH = 120  # of help that is no terminal's
 EXIT_INTERRUPTED = 130
@@ -76,21 +74,9 @@ def app() -> int:
     try:
         return typer.main.get_command(commands).main(standalone_mode=False) or 0
     except typer.TyperException as error:
-        if message := told_of(error):
-            print(message, file=sys.stderr)
+        if message := mistyped(error):
+            context = getattr(error, "ctx", None)
+            tell_failure(context.command_path.removeprefix("kvferry").strip() if context else "", message)
         return EXIT_CONFIG
     except typer.Abort:
         return EXIT_INTERRUPTED
-
-
-def told_of(error: typer.TyperException) -> str:
-    """What was mistyped, and the nearest that is right. Empty where help has been shown instead."""
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else "kvferry"
-    message = error.format_message().strip().rstrip(".")
-    if context and hasattr(error, "possibilities") and hasattr(error, "option_name"):
-        known = [name for param in context.command.params for name in param.opts]
-        message = f"there is no {error.option_name}{nearest(error.option_name, known)}"
-    if message and not message.endswith("?"):
-        message += f"; `{path} --help` lists what there is"
-    return message and f"{path}: {message}"

@@ -1,9 +1,9 @@
 """What a MODEL argument means, and whether there is a model."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from kvferry.cli.demo_model import demo_model
 from kvferry.common.config import EngineConfig
@@ -15,10 +15,12 @@ Progress = Callable[[int, int], None]  # done, total
 
 @dataclass(frozen=True)
 class Found:
-    """A model on this host. `name`: what clients call it. `weight_files`: there, and whole."""
+    """A model on this host. `name`: what clients call it. `told`: what its config.json says. `weight_files`: there, and
+    whole; none where they have not been asked for."""
 
     folder: Path
     name: str
+    told: SimpleNamespace
     weight_files: tuple[Path, ...]
 
     def named(self, engine: EngineConfig) -> EngineConfig:
@@ -55,15 +57,14 @@ def resolve(model: str, progress: Progress = lambda done, total: None) -> tuple[
     return str(folder.resolve()), folder.resolve().name
 
 
-def find(model: str, revision: str | None, progress: Progress = lambda done, total: None) -> Found:
-    """The model's files, fetched from the hub if need be. Raises ConfigError for what is missing or damaged, as far as
-    that is seen without loading it."""
-    from kvferry.engine.loading.files import find_folder, weight_files
+def find(
+    model: str, revision: str | None, progress: Progress = lambda done, total: None, fetch_weights: bool = True
+) -> Found:
+    """The model's files, fetched from the hub if need be; its weights only if they are to be. Raises ConfigError for
+    what is missing or damaged, as far as that is seen without loading it."""
+    from kvferry.engine.loading.files import SMALL_FILES, WANTED_FILES, find_folder, read_told, weight_files
 
     where, name = resolve(model, progress)
-    folder = find_folder(where, revision)
-    try:
-        json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no usable config.json: {error}") from error
-    return Found(folder, name, tuple(weight_files(folder)))
+    whole = fetch_weights or Path(where).is_dir()
+    folder = find_folder(where, revision, WANTED_FILES if whole else SMALL_FILES)
+    return Found(folder, name, read_told(folder), tuple(weight_files(folder)) if whole else ())

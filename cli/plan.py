@@ -3,16 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from kvferry.cli.flags import understood
 from kvferry.cli.layers import Settings
 from kvferry.cli.models import Found
 from kvferry.cli.roles import FLAGS
 from kvferry.cli.supervisor import ChildSpec
 from kvferry.common.config import EngineConfig, LogConfig, RouterConfig, ServeConfig, StoreConfig, WorkerConfig
+from kvferry.common.errors import ConfigError
 from kvferry.common.values import size_text
 from kvferry.router.limits import Limits
 
+MEANWHILE: Mapping[str, str] = MappingProxyType(
+    {
+        "store": "prompts are computed instead of found, and the blocks that it held are lost",
+        "prefill": "other prefill workers compute prompts, or decode does",
+        "decode": "its requests go on at other decode workers, or wait for it",
+    }
+)
 ROUTER_DRAIN_S = 1.5  # less than the supervisor's patience, so that the router ends its streams itself
 
 
@@ -77,13 +87,15 @@ def make_plan(settings: Settings, folder: Path, cores: int) -> Plan:
         store=socket,
         drain_s=ROUTER_DRAIN_S,
     )
+    limits = settings.of("router.limits")
+    most_choices = min(engine.max_num_seqs, engine.max_num_batched_tokens)  # of one prompt: they run side by side
     return Plan(
         serve=counts,
         store=settings.of("store", socket=socket),
         prefill=prefill,
         decode=decode,
         router=router,
-        limits=settings.of("router.limits"),
+        limits=replace(limits, n=min(limits.n, most_choices)),
         logs=settings.of(""),
     )
 
@@ -98,12 +110,40 @@ def with_model(plan: Plan, found: Found) -> Plan:
     return replace(plan, prefill=there(plan.prefill), decode=there(plan.decode), router=router)
 
 
+def understood_plan(plan: Plan) -> Plan:
+    """The plan as its processes will understand it, with the arguments that are meant for one role alone. Raises
+    ConfigError for one that is wrong."""
+    (store,), rest = stages(plan, ())
+
+    def configs(spec: ChildSpec) -> dict[str, Any]:
+        role, *arguments = spec.argv
+        try:
+            told = understood(f"kvferry {role}", FLAGS[role], arguments)
+            own = {"role": role, "engine": told.of("engine")} if role in ("prefill", "decode") else {}
+            sections = [section for section in FLAGS[role].sections if section != "engine"]
+            return {section: told.of(section, **(own if section == role else {})) for section in sections}
+        except ConfigError as error:
+            raise ConfigError(f"--{role}-arg: {error}") from None
+
+    prefill, decode, (router,) = (
+        [configs(spec) for spec in rest if spec.argv[0] == role] for role in ("prefill", "decode", "router")
+    )
+    return replace(
+        plan,
+        store=configs(store)["store"],
+        prefill=tuple(one["prefill"] for one in prefill),
+        decode=tuple(one["decode"] for one in decode),
+        router=router["router"],
+    )
+
+
 def stages(plan: Plan, command: Sequence[str]) -> list[list[ChildSpec]]:
     """The processes, in the order of their start. `command`: how this program is called."""
 
     def child(role: str, name: str, configs: Mapping[str, Any], extra: Sequence[str]) -> ChildSpec:
         arguments = FLAGS[role].arguments({"": plan.logs, **configs})
-        return ChildSpec(name, (*command, role, *arguments, *extra), restart=role != "router")
+        argv = (*command, role, *arguments, *extra)
+        return ChildSpec(name, argv, restart=role != "router", meanwhile=MEANWHILE.get(role, ""))
 
     def workers(role: str, configs: Sequence[WorkerConfig], extra: Sequence[str]) -> list[ChildSpec]:
         return [child(role, f"{role}-{i}", {role: one, "engine": one.engine}, extra) for i, one in enumerate(configs)]

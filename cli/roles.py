@@ -6,6 +6,7 @@ Each looks at everything that can be wrong before it imports what takes seconds.
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 from kvferry.cli import checks
@@ -46,6 +47,7 @@ def worker(role: str) -> Callable[[Settings, Parent], None]:
         config = settings.of(role, role=role, engine=settings.of("engine"))
         checks.check_listen(config.listen, f"the {role} worker")
         found = find(config.engine.model, config.engine.revision, parent.making)
+        checks.check_model(found, config.engine)
         checks.check_memory(found, [config.engine])
         config = replace(config, engine=found.named(config.engine))
 
@@ -79,6 +81,8 @@ def router(settings: Settings, parent: Parent) -> None:
     checks.check_router(config)
     if config.model is not None:
         config = replace(config, model=resolve(config.model, parent.making)[0])
+        if (folder := Path(config.model)).is_dir():
+            checks.check_text_side(folder, config.generation_config)
 
     async def start(notifier: Notifier, stop: asyncio.Event) -> None:
         from kvferry.router import app

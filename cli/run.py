@@ -13,9 +13,11 @@ import typer
 
 from kvferry.common.errors import ConfigError, IncompatibleNode, Internal, KvferryError
 from kvferry.common.process import Notifier
+from kvferry.common.telemetry import json_line, logs_are_json
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+LOGGING = ("serve", "store", "prefill", "decode", "router")  # commands that run on, and write logs
 
 Start = Callable[[Notifier, asyncio.Event], Awaitable[None]]
 
@@ -40,9 +42,17 @@ def plain_errors(command: str, notifier: Notifier | None = None) -> Iterator[Non
         yield
     except KvferryError as error:
         if notifier is None or not notifier.failed(str(error)):
-            print(f"kvferry {command}: {error}", file=sys.stderr)
+            tell_failure(command, str(error))
         wrong = isinstance(error, ConfigError | IncompatibleNode)
         raise typer.Exit(EXIT_CONFIG if wrong else EXIT_FAILED) from None
+
+
+def tell_failure(command: str, sentence: str) -> None:
+    """The last words of a command, on stderr: as its log is written, if it is one of those that have one."""
+    if command in LOGGING and logs_are_json():
+        print(json_line(command, logging.ERROR, sentence), file=sys.stderr)
+    else:
+        print(f"{f'kvferry {command}'.strip()}: {sentence}", file=sys.stderr)
 
 
 def run_role(role: str, parent: Parent, start: Start) -> None:

@@ -1,6 +1,7 @@
 """`kvferry serve MODEL`: a whole system on one host, every part its own process."""
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -11,16 +12,18 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from kvferry.cli.checks import check_memory, check_router, open_port
+from kvferry.cli import checks
+from kvferry.cli.checks import open_port
 from kvferry.cli.flags import Flags
 from kvferry.cli.layers import Settings
-from kvferry.cli.models import find
-from kvferry.cli.plan import Plan, lines, make_plan, ready_line, stages, with_model
+from kvferry.cli.models import Found, Progress, find
+from kvferry.cli.plan import Plan, lines, make_plan, ready_line, stages, understood_plan, with_model
 from kvferry.cli.progress import Bars, Lines, display
 from kvferry.cli.run import Parent
 from kvferry.cli.supervisor import ChildSpec, Supervisor
 from kvferry.common.clock import MonotonicClock
 from kvferry.common.process import Note, usable_cores
+from kvferry.common.telemetry import json_line, logs_are_json
 
 SAME_SIGNAL_S = 0.3  # a process and its group are often both told; that is one wish
 FLAGS = Flags(
@@ -34,18 +37,33 @@ FLAGS = Flags(
 
 def serve(settings: Settings, parent: Parent) -> None:
     """Run a whole system on this host: store, prefill and decode workers, and the router."""
+    checks.check_values(settings)
     with closing(display(settings.of(""))) as shown, private_folder() as folder:
         plan = make_plan(settings, folder, usable_cores())
-        check_router(plan.router)
-        engine = plan.engines[0]
-        found = find(engine.model, engine.revision, lambda done, total: shown.show("demo", making(done, total)))
-        check_memory(found, plan.engines, plan.store.size_bytes)
+        found = look(plan, lambda done, total: shown.show("demo", making(done, total)))
         plan = with_ports(with_model(plan, found))
         if shown.tell:  # children write to a pipe, and a terminal shows it
             plan = replace(plan, logs=replace(plan.logs, log_format="text"))
-        shown.plan(lines(plan, found.weight_bytes(engine.dtype)))
+        shown.plan(lines(plan, found.weight_bytes(plan.engines[0].dtype)))
         command = (sys.executable, os.path.abspath(sys.argv[0]))
         asyncio.run(_serve(stages(plan, command), plan, shown))
+
+
+def look(plan: Plan, progress: Progress, fetch_weights: bool = True) -> Found:
+    """Look at everything that can be wrong before anything is started: at what the children will make of what they are
+    told, at this host and at the model, which is fetched if need be. Raises ConfigError."""
+    from kvferry.kvstore.node import refuse_if_too_large
+
+    plan = understood_plan(plan)
+    checks.check_router(plan.router)
+    model, revision = plan.engines[0].model, plan.engines[0].revision
+    found = find(model, revision, progress, fetch_weights)
+    for engine in plan.engines:
+        checks.check_model(found, engine)
+    checks.check_text_side(found.folder, plan.router.generation_config)
+    checks.check_memory(found, plan.engines, plan.store.size_bytes)
+    refuse_if_too_large(plan.store)
+    return found
 
 
 def making(done: int, total: int) -> Note:
@@ -87,7 +105,8 @@ async def _serve(processes: Sequence[Sequence[ChildSpec]], plan: Plan, shown: Ba
 
     def on_ready() -> None:
         shown.close()
-        print(ready_line(plan), flush=True)
+        line = ready_line(plan)
+        print(json_line("serve", logging.INFO, line) if logs_are_json() else line, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)

@@ -31,11 +31,13 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ChildSpec:
     """A process to keep. `restart`: start it again when it ends. One that is not restarted is the front, which the
-    others serve: its end is the end of everything, and it is told to end before them."""
+    others serve: its end is the end of everything, and it is told to end before them. `meanwhile`: what holds while it
+    is away, for people."""
 
     name: str
     argv: tuple[str, ...]
     restart: bool = True
+    meanwhile: str = ""
 
 
 def backoff_s(failures: int) -> float:
@@ -190,7 +192,10 @@ class Supervisor:
             failures += 1
             if failures > MAX_FAILURES:
                 raise Unavailable(f"{child.spec.name} {end}, and {MAX_FAILURES} restarts did not help")
-            log.warning("%s %s; it is started again in %g s", child.spec.name, end, backoff_s(failures))
+            log.warning(
+                "%s %s; it is started again in %g s (start %d of %d)%s", child.spec.name, end, backoff_s(failures),
+                failures, MAX_FAILURES, child.spec.meanwhile and f"; until it is back, {child.spec.meanwhile}",
+            )  # fmt: skip
             await asyncio.sleep(backoff_s(failures))
             try:
                 await child.start()

@@ -6,7 +6,7 @@ import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
-from kvferry.common.config import LogConfig
+from kvferry.common.config import ENVIRONMENT_PREFIX, LogConfig, environment
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The request that the current task works for; tasks that it starts inherit it. Set where a request comes in: by the
@@ -48,11 +48,28 @@ class TextLines(logging.Formatter):
         return super().formatMessage(record) + (f"  [{request_id}]" if request_id else "")
 
 
+def json_line(role: str, level: int, message: str) -> str:
+    """What is no log record, for who reads the log lines."""
+    told = {"name": "kvferry", "levelno": level, "levelname": logging.getLevelName(level), "msg": message}
+    return JsonLines(role).format(logging.makeLogRecord(told))
+
+
+def logs_are_json() -> bool:
+    """As it was set up; before that, as the environment says."""
+    handlers = logging.getLogger().handlers
+    if handlers:
+        return isinstance(handlers[0].formatter, JsonLines)
+    return not _is_text(environment().get(f"{ENVIRONMENT_PREFIX}LOG_FORMAT", "auto"))
+
+
+def _is_text(log_format: str) -> bool:
+    return log_format == "text" or (log_format != "json" and sys.stderr.isatty())
+
+
 def setup_logging(role: str, config: LogConfig) -> None:
     """Send the root logger, and warnings, to stderr: once, at the start of a process."""
-    text = config.log_format == "text" or (config.log_format == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter((TextLines if text else JsonLines)(role))
+    handler.setFormatter((TextLines if _is_text(config.log_format) else JsonLines)(role))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in NOISY:

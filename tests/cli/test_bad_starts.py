@@ -4,23 +4,31 @@ import json
 import socket
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import kvferry
 
-from kvferry.cli import checks
+from kvferry.cli import checks, serve
+from kvferry.cli.flags import understood
+from kvferry.cli.foreign import FOREIGN
+from kvferry.cli.layers import resolve
 from kvferry.cli.models import Found
+from kvferry.cli.plan import make_plan
+from kvferry.cli.roles import FLAGS
 from kvferry.common.config import EngineConfig
-from kvferry.common.errors import ConfigError
+from kvferry.common.errors import ConfigError, IncompatibleNode
 from kvferry.common.process import available_memory, claim_socket_path
 
 PORTS = ("--port=0", "--admin-port=0")
 
 
-def write_model(folder: Path, elements: int = 8, there: int | None = None) -> Path:
-    """A folder that looks like a model with one bf16 tensor; `there`: bytes of it that the file really has."""
+def write_model(folder: Path, elements: int = 8, there: int | None = None, **told: object) -> Path:
+    """A folder that looks like a model with one bf16 tensor; `there`: bytes of it that the file really has; `told`:
+    more of its config.json."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | told))
+    (folder / "tokenizer.json").touch()
     header = json.dumps({"w": {"dtype": "BF16", "shape": [elements], "data_offsets": [0, 2 * elements]}}).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -97,7 +105,9 @@ class TestModels:
         assert "51200.0 GiB of KV pages" in told
 
     def test_each_worker_and_the_store_count(self, tmp_path, monkeypatch):
-        found = Found(tmp_path, "m", (write_model(tmp_path / "m", elements=2**19) / "model.safetensors",))
+        found = Found(
+            tmp_path, "m", SimpleNamespace(), (write_model(tmp_path / "m", elements=2**19) / "model.safetensors",)
+        )
         engine = EngineConfig(model="m", device="cpu", dtype="float32", kv_cache_bytes=2**20)
         monkeypatch.setattr(checks, "available_memory", lambda: 10 * 2**20)
         checks.check_memory(found, [engine] * 3, 2**20)  # 3 * (2 + 1) + 1 MiB
@@ -215,9 +225,151 @@ class TestFiles:
         )
 
 
+SHAPE = {"num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 64}
+QUANTIZED = {"quantization_config": {"quant_method": "awq"}}
+
+
+@pytest.fixture
+def look(tmp_path):
+    """What `serve` and `check-config` look at before anything is started, of a model whose config.json says more."""
+
+    def looked(told: dict[str, object], **flags: object) -> None:
+        said = {"engine.model": str(write_model(tmp_path / "m", **told)), "router.port": "0", "router.admin_port": "0"}
+        said |= {path.replace("__", ".", 1): value for path, value in flags.items()}
+        settings = resolve(serve.FLAGS.names(), said, {}, None)
+        serve.look(make_plan(settings, tmp_path, 2), lambda done, total: None)
+
+    return looked
+
+
+class TestBeforeAnythingIsStarted:
+    @pytest.mark.parametrize(
+        ("told", "flags", "says"),
+        [
+            (
+                SHAPE,
+                {"kv_cache_size": "8191"},
+                "--kv-cache-size 8191 does not hold one block of 16 tokens, which is 8KiB",
+            ),
+            (SHAPE, {"kv_cache_size": "1", "dtype": "bfloat16"}, "which is 4KiB of m"),
+            ({"n_positions": 99}, {"max_model_len": "100"}, "--max-model-len 100 is more than the 99 positions"),
+            ({"torch_dtype": "float8_e4m3fn"}, {}, "the checkpoint is in float8_e4m3fn; choose --dtype"),
+            ({"model_type": None}, {}, "m holds no usable config.json: it names no model_type"),
+            ({"num_hidden_layers": "two", **SHAPE, "hidden_size": "x"}, {}, "m holds no usable config.json: "),
+            ({"architectures": ["FalconForCausalLM"]}, {}, "FalconForCausalLM cannot be served: it attends on its own"),
+            (QUANTIZED, {}, r"llama cannot be served: its weights are quantized \(awq\)"),
+            ({"vision_config": {}}, {}, "llama cannot be served: it joins several models"),
+        ],
+    )
+    def test_a_config_that_cannot_be_served(self, look, told, flags, says):
+        with pytest.raises((ConfigError, IncompatibleNode), match=says):
+            look(told, **{f"engine__{name}": value for name, value in flags.items()})
+
+    def test_what_the_config_leaves_open_is_no_fault(self, look):
+        look({}, engine__max_model_len="1M", engine__kv_cache_size="1")
+        look({**SHAPE, "architectures": None, "max_position_embeddings": 99}, engine__kv_cache_size="8KiB",
+             engine__max_model_len="99")  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("flag", "words", "says"),
+        [
+            ("decode_arg", ["--failpont=a=kill"], "--decode-arg: there is no --failpont; did you mean --failpoint"),
+            ("decode_arg", ["other"], "--decode-arg: Got unexpected extra argument"),
+            ("prefill_arg", ["--block-size=0"], "--prefill-arg: block_size is 0; it must be at least 1"),
+            ("prefill_arg", ["--max-model-len=100"], "--max-model-len 100 is more than the 99 positions"),
+            ("router_arg", ["--port=high"], "--router-arg: --port: 'high' is not a whole number"),
+            ("router_arg", ["--tenants-file=/no/such"], "there is no tenants file /no/such"),
+            ("store_arg", ["--lease-seconds=0"], "--store-arg: leases of 0.0 s are too short"),
+            ("store_arg", ["--size=4000TiB"], "and 4096000.0 GiB of store"),
+        ],
+    )
+    def test_an_argument_of_one_role(self, look, flag, words, says):
+        with pytest.raises(ConfigError, match=says):
+            look({"max_position_embeddings": 99}, **{f"serve__{flag}": words})
+
+    def test_no_gpu(self, look, monkeypatch):
+        monkeypatch.setattr(checks, "GPUS", ())
+        with pytest.raises(ConfigError, match="--device cuda:1: there is no GPU on this host; use --device cpu"):
+            look({}, engine__device="cuda:1")
+        monkeypatch.setattr(checks, "GPUS", (Path("/dev/null"),))
+        look({}, engine__device="cuda:1")
+        with pytest.raises(ConfigError, match=r"a store of 4096000\.0 GiB does not fit into"):
+            look({}, engine__device="cuda:1", store__size="4000TiB")
+
+    def test_no_tokenizer(self, look, tmp_path):
+        look({})
+        (tmp_path / "m" / "generation_config.json").write_text('{"top_p": 2}')
+        look({}, router__generation_config="vllm")
+        with pytest.raises(ConfigError, match=r"generation_config\.json is not valid"):
+            look({})
+        (tmp_path / "none").mkdir()
+        with pytest.raises(ConfigError, match=r"none cannot be loaded: there is no tokenizer\.json"):
+            checks.check_text_side(tmp_path / "none", "auto")
+
+    @pytest.mark.parametrize(
+        ("flag", "variables", "says"),
+        [
+            ("--max-model-len=100", {}, "--max-model-len 100 is more than the 99 positions this model was made for"),
+            ("--decode-arg=--zzz", {}, "--decode-arg: there is no --zzz; `kvferry decode --help` lists what there is"),
+            ("--seed=1", {}, "there is no --seed here: each request has its own `seed`"),
+            ("--port=0", {"KVFERRY_DECODE_LISTEN": "nowhere"},
+             "'nowhere' is not a worker address; write unix:/path or 127.0.0.1:PORT"),
+        ],
+    )  # fmt: skip
+    def test_check_config_says_the_same(self, tmp_path, flag, variables, says):
+        model = write_model(tmp_path / "m", max_position_embeddings=99)
+        for command in ("serve", "check-config"):
+            refused = kvferry(command, model, *PORTS, flag, **variables)
+            assert (refused.returncode, refused.stderr) == (2, f"kvferry {command}: {says}\n")
+
+    def test_check_config_sees_a_port_in_use(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            refused = kvferry("check-config", "--admin-port=0", f"--port={port}")
+        assert refused.returncode == 2
+        assert "router.port" in refused.stdout, "what is configured is told all the same"
+        assert f"cannot listen on 127.0.0.1 port {port}" in refused.stderr
+
+
 def test_what_only_a_child_sees_is_said_once(tmp_path):
-    """A child's own argument, which `serve` passes on as it stands."""
+    """It ends with the sentence of the child alone."""
     model = write_model(tmp_path / "m")
-    refused = kvferry("serve", model, *PORTS, "--store-size=1MiB", "--store-arg=--lease-seconds=0", "--log-level=ERROR")
+    nowhere = f"{tmp_path}/none/s"
+    refused = kvferry(
+        "serve", model, *PORTS, "--store-size=1MiB", f"--store-arg=--socket={nowhere}", "--log-level=ERROR"
+    )
     assert refused.returncode == 2
-    assert refused.stderr == ("kvferry serve: store did not start: leases of 0.0 s are too short; give at least 0.2\n")
+    assert refused.stderr == (
+        f"kvferry serve: store did not start: cannot listen at {nowhere}: No such file or directory\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [("serve", "/no/such"), ("store",), ("decode", "--port=1"), ("router", "--zzz")])
+def test_the_last_words_are_a_json_line_for_a_log_collector(arguments):
+    refused = kvferry(*arguments, KVFERRY_LOG_FORMAT="")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    (line,) = refused.stderr.splitlines()
+    told = json.loads(line)
+    assert (told["level"], told["role"]) == ("error", arguments[0])
+    plain = kvferry(*arguments, KVFERRY_LOG_FORMAT="text").stderr
+    assert plain == f"kvferry {arguments[0]}: {told['message']}\n"
+
+
+def test_what_a_flag_says_of_the_log_counts_for_the_last_words_too():
+    refused = kvferry("serve", "--port=high", "--log-format=json")
+    assert json.loads(refused.stderr)["message"].startswith("--port: 'high'")
+    assert kvferry("check-config", "--port=high", KVFERRY_LOG_FORMAT="").stderr.startswith(
+        "kvferry check-config: --port"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_what_other_servers_call_otherwise(name):
+    """None of them is a flag of `serve`, and each has one line."""
+    assert name not in serve.FLAGS.names().values()
+    for role, flags in {**FLAGS, "serve": serve.FLAGS}.items():
+        if name in flags.names().values():
+            continue  # `router --model`
+        with pytest.raises(ConfigError) as told:
+            understood(role, flags, [name])
+        assert str(told.value) == f"there is no {name} here: {FOREIGN[name]}"

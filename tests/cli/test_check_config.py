@@ -12,7 +12,8 @@ from command_line import KVFERRY, kvferry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.cli.check_config import check, toml
+from kvferry.cli.check_config import toml
+from kvferry.cli.checks import check_values
 from kvferry.cli.layers import Settings, Value, resolve
 from kvferry.cli.settings import SETTINGS
 from kvferry.common.errors import ConfigError
@@ -51,8 +52,8 @@ def test_the_printed_file_gives_the_same_values(tmp_path_factory, settings):
 
 
 def test_round_trip_of_a_real_command(tmp_path):
-    flags = ["demo", "--port=9000", "--max-model-len=32K", "--store-size=1.5GiB", "--decode-arg=--failpoint=a=kill",
-             "--decode-arg=--log-level=DEBUG", "--max-prompts=7"]  # fmt: skip
+    flags = ["demo", "--port=0", "--max-model-len=8K", "--store-size=1.5GiB", "--decode-arg=--failpoint=a=kill",
+             "--decode-arg=--log-level=DEBUG", "--max-prompts=7", "--admin-port=0"]  # fmt: skip
     first = kvferry("check-config", *flags, "--toml", KVFERRY_ENGINE_DTYPE="float32")
     assert first.returncode == 0, first.stderr
     file = tmp_path / "kvferry.toml"
@@ -60,7 +61,7 @@ def test_round_trip_of_a_real_command(tmp_path):
     told = tomllib.loads(first.stdout)
     assert told["version"] == 1
     assert told["engine"]["dtype"] == "float32"
-    assert told["engine"]["max_model_len"] == 32768
+    assert told["engine"]["max_model_len"] == 8192
     assert told["serve"]["decode_arg"] == ["--failpoint=a=kill", "--log-level=DEBUG"]
     assert told["router"]["limits"]["prompts"] == 7
     second = kvferry("check-config", "--toml", KVFERRY_CONFIG=str(file))
@@ -68,6 +69,14 @@ def test_round_trip_of_a_real_command(tmp_path):
     values = json.loads(kvferry("check-config", "--json", "--config", file).stdout)
     assert values["store.size"] == {"value": "1536MiB", "source": f"{file}: store.size"}
     assert values["engine.num_gpu_blocks_override"] == {"value": None, "source": "default"}
+
+
+def test_one_way_to_print_is_enough():
+    refused = kvferry("check-config", "--json", "--toml")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (
+        refused.stderr == "kvferry check-config: --json and --toml are two ways to print the same; give one of them\n"
+    )
 
 
 def test_every_source_is_told(tmp_path):
@@ -100,10 +109,10 @@ def test_every_source_is_told(tmp_path):
 )
 def test_every_section_is_checked(path, value, says):
     settings = resolve({}, {}, {}, None)
-    check(settings)
+    check_values(settings)
     wrong = Settings({**settings.values, path: Value(value, "test")}, {})
     with pytest.raises(ConfigError, match=says):
-        check(wrong)
+        check_values(wrong)
 
 
 def test_it_says_in_one_line_what_is_wrong():

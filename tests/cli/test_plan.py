@@ -1,18 +1,19 @@
 """What `serve` starts is what it was told: each child's command line gives it the configuration of the plan."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kvferry.cli import serve
 from kvferry.cli.layers import Settings, resolve
 from kvferry.cli.models import Found
-from kvferry.cli.plan import Plan, lines, make_plan, ready_line, stages, with_model
+from kvferry.cli.plan import Plan, lines, make_plan, ready_line, stages, understood_plan, with_model
 from kvferry.cli.roles import FLAGS
 from kvferry.common.errors import ConfigError
 
 FOLDER = Path("/run/kvferry-test")
-FOUND = Found(Path("/models/m"), "m", ())
+FOUND = Found(Path("/models/m"), "m", SimpleNamespace(), ())
 
 
 def plan_of(cores: int = 4, environment: dict[str, str] | None = None, **flags: object) -> Plan:
@@ -68,6 +69,21 @@ def test_arguments_of_one_role_go_to_it_alone():
     (store,), (prefill, decode, router) = stages(plan, ())
     assert prefill.argv[-2:] == ("--failpoint=a=kill", "--drain-seconds=1")
     assert not [spec for spec in (store, decode, router) if "--drain-seconds=1" in spec.argv]
+
+
+def test_no_more_answers_than_a_worker_gives():
+    """What the API tells of `n` is what is enforced."""
+    assert plan_of().limits.n == 64
+    assert plan_of(engine__max_num_seqs="32").limits.n == 32
+    assert plan_of(engine__max_num_batched_tokens="16").limits.n == 16
+    assert plan_of(router__limits__n="8").limits.n == 8
+
+
+def test_a_plan_as_its_processes_understand_it():
+    assert understood_plan(plan_of()) == plan_of()
+    plan = understood_plan(plan_of(serve__decode_arg=["--max-num-seqs=3"], serve__router_arg=["--port=81"]))
+    assert [one.max_num_seqs for one in plan.engines] == [64, 3]
+    assert plan.router.port == 81
 
 
 def test_a_threads_flag_is_for_each_worker():

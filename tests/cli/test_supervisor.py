@@ -53,7 +53,12 @@ class Run:
         self.ready = asyncio.Event()
         self.stop, self.hurry = asyncio.Event(), asyncio.Event()
         specs = {
-            name: ChildSpec(name, (sys.executable, "-c", CHILD, str(folder), name, life), restart=name != "router")
+            name: ChildSpec(
+                name,
+                (sys.executable, "-c", CHILD, str(folder), name, life),
+                restart=name != "router",
+                meanwhile="nothing is found" if name == "store" else "",
+            )
             for name, life in lives.items()
         }
         stages = [[specs[name] for name in stage if name in specs] for stage in (("store",), ("worker", "router"))]
@@ -109,7 +114,7 @@ def test_starts_in_order_and_ends_the_front_first(tmp_path):
     asyncio.run(scenario())
 
 
-def test_a_dead_worker_and_store_are_started_again(tmp_path):
+def test_a_dead_worker_and_store_are_started_again(tmp_path, caplog):
     async def scenario():
         run = Run(tmp_path, store="lives", worker="lives", router="lives")
         work = run.go()
@@ -120,6 +125,9 @@ def test_a_dead_worker_and_store_are_started_again(tmp_path):
         await until(lambda: len([1 for _, note in run.notes if note.ready]) == 5)
         assert not work.done()
         assert len(run.starts("router")) == 1
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert told[0] == "worker was killed by SIGKILL; it is started again in 0.02 s (start 1 of 5)"
+        assert told[1].endswith("(start 1 of 5); until it is back, nothing is found")
         run.stop.set()
         await asyncio.wait_for(work, 5)
         run.check_nothing_left()
