@@ -124,12 +124,15 @@ class Models:
 
     def absent(self) -> Iterator[str]:
         """Each worker that this router was told of and that is not there, and each model that was announced and
-        is not served while others are, for a person."""
-        for node in self._nodes.all:
-            if not node.ready:
-                yield f"the {node.role} node at {node.address} is not ready"
-            elif node.role == "decode" and not self.can_be_served(node):
-                yield f"the tokenizer of {node.model.name}, which {node.address} runs, is not loaded"
+        is not served while others are, for a person. Workers go by their places in the configuration: addresses are
+        not for everybody, and stand in the log."""
+        for nodes in (self._nodes.prefill, self._nodes.decode):
+            for number, node in enumerate(nodes, start=1):
+                which = f"{node.role} node {number} of {len(nodes)}"
+                if not node.ready:
+                    yield f"{which} is not ready"
+                elif node.role == "decode" and not self.can_be_served(node):
+                    yield f"the tokenizer of {node.model.name}, which {which} runs, is not loaded"
         served = {name for name, _, _ in self.up()}
         for name in sorted(set(self._known()) - served if served else ()):
             yield f"no decode node serves {name}"

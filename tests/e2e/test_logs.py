@@ -20,10 +20,10 @@ def requests_of(cluster: Cluster, begin: int = 0) -> dict[tuple[str, str], list[
 
 
 def lines_of(cluster: Cluster, begin: int = 0) -> list[dict]:
-    """Every line from the `begin`th on but the one for people, which says that it is ready."""
-    lines = cluster.log.read_text().splitlines()
-    assert sum(line.startswith("kvferry is ready: http://127.0.0.1:") for line in lines) == 1
-    return [json.loads(line) for line in lines[begin:] if not line.startswith("kvferry is ready")]
+    """Every line from the `begin`th on. One says that it is ready."""
+    lines = [json.loads(line) for line in cluster.log.read_text().splitlines()]
+    assert sum(line["message"].startswith("kvferry is ready: http://127.0.0.1:") for line in lines) == 1
+    return lines[begin:]
 
 
 @pytest.fixture

@@ -66,8 +66,8 @@ def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]]) -> N
 def test_ready_is_who_has_a_decode_worker():
     async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
         (prefill,), (decode,) = nodes.prefill, nodes.decode
-        no_prefill = f"the prefill node at {prefill.address} is not ready"
-        no_decode = f"the decode node at {decode.address} is not ready"
+        no_prefill = "prefill node 1 of 1 is not ready"
+        no_decode = "decode node 1 of 1 is not ready"
         for prefill.status, decode.status, decode.subscription.open, status, told in (
             (None, None, False, 503, f"no decode node is ready; {no_prefill}; {no_decode}"),
             (UP, None, False, 503, f"no decode node is ready; {no_decode}"),

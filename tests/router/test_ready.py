@@ -25,15 +25,15 @@ def test_each_one_that_is_not_there_is_named():
         for node, name in zip(nodes.all, ("red", "red", "red", "blue"), strict=True):
             node.status, node.subscription.open = status(name), True
         assert list(models.absent()) == [
-            "the tokenizer of blue, which unix:/d1 runs, is not loaded", "no decode node serves blue"]  # fmt: skip
+            "the tokenizer of blue, which decode node 2 of 2 runs, is not loaded", "no decode node serves blue"]  # fmt: skip
         models.add("blue", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
         assert list(models.absent()) == []
         nodes.prefill[1].status = None
         assert models.missing() == "", "the other one does"
-        assert list(models.absent()) == ["the prefill node at unix:/p1 is not ready"]
+        assert list(models.absent()) == ["prefill node 2 of 2 is not ready"]
         nodes.prefill[1].status, nodes.decode[1].status = status("red"), None
         assert models.missing() == ""
-        assert list(models.absent()) == ["the decode node at unix:/d1 is not ready", "no decode node serves blue"]
+        assert list(models.absent()) == ["decode node 2 of 2 is not ready", "no decode node serves blue"]
         models.close()
         await nodes.close()
 
