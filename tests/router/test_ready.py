@@ -25,7 +25,9 @@ def test_each_one_that_is_not_there_is_named():
         for node, name in zip(nodes.all, ("red", "red", "red", "blue"), strict=True):
             node.status, node.subscription.open = status(name), True
         assert list(models.absent()) == [
-            "the tokenizer of blue, which decode node 2 of 2 runs, is not loaded", "no decode node serves blue"]  # fmt: skip
+            "the tokenizer of blue, which decode node 2 of 2 runs, is not loaded",
+            "no decode node serves blue",
+        ]
         models.add("blue", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
         assert list(models.absent()) == []
         nodes.prefill[1].status = None
