@@ -34,7 +34,7 @@ def test_four_choices_are_four_requests(models, length):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("num_blocks", [9, 12, 20])
+@pytest.mark.parametrize("num_blocks", [9, *(pytest.param(blocks, marks=pytest.mark.long) for blocks in (12, 20))])
 def test_in_a_pool_too_small_for_all(models, num_blocks):
     """Branches are pushed out, come back, and go on where they were."""
     prompts = [prompt_of(37, seed) for seed in range(3)]
