@@ -150,10 +150,12 @@ def measure(folder: Path, args: argparse.Namespace, dtype: str, settings: list[t
         names = [f"{who}_{at}" for who in ("engine", "generate", "generate_batch", "limit")]
         told = ", ".join(f"{name.rpartition('_b')[0]} {median(seen[name]):.1f}" for name in names if name in seen)
         print(f"{dtype} batch {batch} context {context}, tokens/s: {told}", flush=True)
+    prefilling = Prefilling(model, config, prompt(PREFILL))
     for _ in range(2 * rounds + 1):
         some = prompt(PREFILL)
-        note("prefill_engine_s", prefill_seconds(model, config, prompt(PREFILL), some))
+        note("prefill_engine_s", prefilling.seconds(some))
         note("prefill_transformers_s", peers.ask(forward_seconds, some))
+    prefilling.close()
     peers.close()
     return summarise(seen, settings)
 
@@ -230,31 +232,33 @@ def engine_step_seconds(model: LoadedModel, config: EngineConfig, prompts: list[
     return median(late - early for early, late in pairwise(own[: steps + 1]))
 
 
-def prefill_seconds(model: LoadedModel, config: EngineConfig, before: list[int], prompt: list[int]) -> float:
-    """From asking for a prompt to its first token, by an engine that has computed another one `before`."""
-    engine = Engine(model, config)
+class Prefilling:
+    """An engine that has been running, and is asked for one prompt's first token at a time."""
 
-    async def one_after_the_other() -> float:
-        started = []
+    def __init__(self, model: LoadedModel, config: EngineConfig, before: list[int]):
+        self._engine = Engine(model, config)
+        self._scope = new_scope(self._engine)
+        self._loop = asyncio.new_event_loop()
+        self._running = self._loop.create_task(self._engine.run())
+        self.seconds(before)
 
-        async def ask(tokens: list[int]) -> None:
-            started.append(time.perf_counter())
-            seq = engine.new_sequence("bench", scope, tokens, len(tokens), params, 1)
-            await engine.generate(seq, nothing_stored, lambda event: None)
+    def seconds(self, prompt: list[int]) -> float:
+        return self._loop.run_until_complete(self._seconds(prompt))
 
+    async def _seconds(self, prompt: list[int]) -> float:
         async def nothing_stored(_: Sequence) -> None:
             return
 
-        scope, params = new_scope(engine), SamplingParams(max_tokens=1, temperature=0)
-        loop = asyncio.create_task(engine.run())
-        await ask(before)
-        await ask(prompt)
-        ended = time.perf_counter()
-        engine.stop()
-        await loop
-        return ended - started[-1]
+        started = time.perf_counter()
+        params = SamplingParams(max_tokens=1, temperature=0)
+        seq = self._engine.new_sequence("bench", self._scope, prompt, len(prompt), params, 1)
+        await self._engine.generate(seq, nothing_stored, lambda event: None)
+        return time.perf_counter() - started
 
-    return asyncio.run(one_after_the_other())
+    def close(self) -> None:
+        self._engine.stop()
+        self._loop.run_until_complete(self._running)
+        self._loop.close()
 
 
 class NoModel:

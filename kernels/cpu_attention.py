@@ -38,13 +38,17 @@ class CpuAttention:
     def __init__(self, pool: torch.Tensor, workspace: Workspace, ragged: Ragged, slot_mapping: torch.Tensor):
         _, self._kv_heads, _, _, self._block_size, self._head_dim = pool.shape
         self._pool, self._workspace, self._ragged = pool, workspace, ragged
+        self._tokens = int(ragged.lengths.sum())
         self._longest = int(ragged.contexts.max())
         self._rows: dict[tuple[int | None, bool], Rows] = {}
         self._writer = SlotWriter(pool, slot_mapping)
+        self._written: tuple[int, torch.Tensor, torch.Tensor] | None = None  # a layer's new keys and values
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the new tokens' `key` and `value`, `[T, kv_heads, head_dim]` each."""
         self._writer.write(layer, key, value)
+        if len(key) == self._tokens:  # they are the batch's own
+            self._written = (layer, key, value)
 
     def attend(self, layer: int, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """`query[T, H, head_dim]` -> the same shape: each token over its row's context up to itself, as
@@ -83,10 +87,7 @@ class CpuAttention:
         """Several tokens of one row, a piece at a time."""
         plain = scoring.softcap is None and scoring.sinks is None
         dtype = query.dtype if plain else torch.promote_types(query.dtype, torch.float32)
-        keys, values = (
-            self._gather(name, tiles, row.tiles, dtype)
-            for name, tiles in zip(("keys", "values"), tiles_of_layer(self._pool, layer), strict=True)
-        )
+        keys, values = self._seen(layer, row, dtype)
         for piece in row.pieces:
             of_piece = keys[:, piece.positions], values[:, piece.positions]
             # [kv_heads, group, length, head_dim]: the query heads of one KV head together.
@@ -98,6 +99,18 @@ class CpuAttention:
             else:
                 attended = self._products(asked, *of_piece, own_mask, scoring)
             out[piece.tokens] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def _seen(self, layer: int, row: ExtendRow, dtype: torch.dtype) -> list[torch.Tensor]:
+        """A row's keys and values, `[kv_heads, positions, head_dim]` each. All of a causal row's are new, so those that
+        were written last are at hand as they came."""
+        if row.causal and self._written is not None and self._written[0] == layer:
+            new = [tensor[row.pieces[0].tokens].transpose(0, 1) for tensor in self._written[1:]]
+            if all(tensor.dtype is self._pool.dtype for tensor in new):
+                return [tensor.to(dtype) for tensor in new]
+        return [
+            self._gather(name, tiles, row.tiles, dtype)
+            for name, tiles in zip(("keys", "values"), tiles_of_layer(self._pool, layer), strict=True)
+        ]
 
     def _gather(self, name: str, tiles: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[kv_heads, positions, head_dim]` in the workspace, until the next gathering under that name."""

@@ -41,6 +41,17 @@ def test_attention_is_the_sum_written_out(case, layer, sizes):
     torch.testing.assert_close(got.double(), paged.attended(0.3), rtol=1e-4, atol=1e-5)
 
 
+def test_a_whole_prompt_is_not_read_back():
+    """Its keys and values are attended to as they came; rows with a prefix beside it read their pages."""
+    paged = Paged(Case(2, 2, 16, 4, ((0, 9), (0, 1), (0, 5)), seed=6), 1)
+    attention = on_cpu(paged, torch.float32, Workspace())
+    paged.pool[paged.tables[0]] = paged.pool[paged.tables[2]] = torch.nan
+    got = attention.attend(1, paged.query.float(), Scoring(0.3))
+    torch.testing.assert_close(got.double(), paged.attended(0.3), rtol=1e-4, atol=1e-5)
+    other = attention.attend(2, paged.query.float(), Scoring(0.3))
+    assert other[0].isnan().all(), "another layer's were not written now"
+
+
 @pytest.mark.parametrize("features", [{}, {"window": 6}, {"window": 6, "softcap": 0.7, "sinks": True}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_as_good_as_the_twin(dtype, features):
