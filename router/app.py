@@ -167,7 +167,7 @@ class Front:
         return [Model(id=name, created=since, max_model_len=longest) for name, since, longest in self._models.up()]
 
     async def _ready_model(self, name: str | None) -> ServedModel:
-        return await self._flow.ready_model(self._models.name_of(name), self._config.node_wait_s)
+        return await self._flow.ready_model(self._models.name_of(name))
 
     def _authenticate(self, request: web.Request) -> Tenant:
         return self._tenants.authenticate(request.headers.get("Authorization"))

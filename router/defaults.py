@@ -29,7 +29,11 @@ def load_defaults(model: str, revision: str | None = None) -> SamplingDefaults:
     Raises ConfigError for one that is not valid."""
     from transformers.utils import cached_file  # takes two seconds, so only who loads a model pays
 
-    found = cached_file(model, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    try:
+        found = cached_file(model, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:  # of the network, too
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{FILE} of {model} cannot be looked for: {reason}") from error
     return NO_DEFAULTS if found is None else read_defaults(Path(found))
 
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from kvferry.common.clock import Clock
 from kvferry.common.config import RouterConfig
@@ -26,7 +27,7 @@ from kvferry.router.accounting import Metrics, Record
 from kvferry.router.handover import TOO_LONG, Handover, Piece
 from kvferry.router.merge import side_by_side
 from kvferry.router.models import Models
-from kvferry.router.nodes import Nodes, ServedModel
+from kvferry.router.nodes import Node, Nodes, ServedModel
 from kvferry.router.placement import place
 
 ATTEMPTS = 3  # the first, and two more
@@ -137,14 +138,11 @@ class Flow:
         give_up = record.arrived + (allowed if job.timeout_s is None else min(job.timeout_s, allowed))
         while True:
             record.attempts = max(record.attempts, attempt)
-            patience = min(self._config.node_wait_s, give_up - self._clock.now())
-            model = await self.ready_model(job.model.name, patience)  # to fail here is final
-            if model.tokenizer != job.model.tokenizer:
-                raise Unavailable(f"{model.name} has become another model; try again")
+            await self._ready_again(job.model, give_up)  # to fail here is final
             if progress.over(job):
                 return
             try:
-                async with aclosing(self._attempt(job, record, progress, give_up, model)) as pieces:
+                async with aclosing(self._attempt(job, record, progress, give_up)) as pieces:
                     async for piece in pieces:
                         if progress.take(piece):
                             yield piece
@@ -167,10 +165,10 @@ class Flow:
                 yield piece
 
     async def _attempt(
-        self, job: Job, record: Record, progress: Progress, give_up: float, model: ServedModel
+        self, job: Job, record: Record, progress: Progress, give_up: float
     ) -> AsyncGenerator[Piece, None]:
         """One continue for all choices of a job, from what has been sent: of several, that is nothing."""
-        tokens = job.token_ids + progress.sent[job.params.choice]
+        model, tokens = job.model, job.token_ids + progress.sent[job.params.choice]
         scope = CacheScope(job.keys, model.fingerprint, model.layout, job.cache_salt)
         params, names, cached = job.params, scope.chain(tokens), 0
         if progress.scored == len(job.token_ids) - 1:
@@ -181,14 +179,11 @@ class Flow:
             cached = len(seen.blocks) * model.layout.block_size
         sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), params, job.priority, job.weight)
 
-        self._check_wanted(job)
-        handover = await self._admitted(sequence, model, cached, names, record, give_up, fills=not scores)
-        self._active[handover] = job.keys.pseudonym
+        handover = await self._admitted(job, sequence, cached, names, record, give_up, fills=not scores)
         if job.params.n > 1:
             progress.tell_end = handover.end_choice
         scored = 0
         try:
-            self._check_wanted(job)  # it may have waited long for its place
             async for piece in handover.pieces(self._clock, give_up):
                 if told := piece.prompt_logprobs:
                     piece = replace(piece, prompt_logprobs=told[max(progress.scored - scored, 0) :])
@@ -212,28 +207,48 @@ class Flow:
         """Wait for what was left to finish behind answers that were sent."""
         await asyncio.gather(*self._finishing, return_exceptions=True)
 
-    async def ready_model(self, name: str, patience: float) -> ServedModel:
-        """The model of that name, as the least loaded decode node runs it; waits up to `patience` s for one to come up.
-        Raises Unavailable."""
-        if not await self._nodes.wait_for(lambda: bool(self._models.decode(name)), patience):
-            raise Unavailable(f"no decode node is ready for {name}; try again later")
+    async def ready_model(self, name: str, give_up: float = inf) -> ServedModel:
+        """The model of that name, as the least loaded decode node runs it; waits a while for one to come up. Raises
+        Unavailable, DeadlineExceeded."""
+        await self._wait_for(lambda: bool(self._models.decode(name)), name, give_up)
         return self._models.decode(name)[0].model
+
+    async def _ready_again(self, model: ServedModel, give_up: float) -> None:
+        """Wait a while for a decode node that runs this very model: what has been sent was its answer, and goes on on
+        no other. Raises Unavailable, DeadlineExceeded."""
+        await self._wait_for(lambda: bool(self._running(model)), model.name, give_up)
+
+    async def _wait_for(self, found: Callable[[], bool], name: str, give_up: float) -> None:
+        patience = min(self._config.node_wait_s, give_up - self._clock.now())
+        if await self._nodes.wait_for(found, patience):
+            return
+        if self._clock.now() >= give_up:
+            raise DeadlineExceeded(TOO_LONG)
+        if self._models.decode(name):
+            raise Unavailable(f"{name} has become another model; try again")
+        raise Unavailable(f"no decode node is ready for {name}; try again later")
+
+    def _running(self, model: ServedModel) -> list[Node]:
+        """The decode nodes that run this very model, the least loaded first."""
+        return [node for node in self._models.decode(model.name) if node.model == model]
 
     async def _admitted(
         self,
+        job: Job,
         sequence: pb.Sequence,
-        model: ServedModel,
         cached: int,
         names: list[BlockName],
         record: Record,
         give_up: float,
         fills: bool,
     ) -> Handover:
-        """Open `continue` on the first decode node that admits it, among those that run the model, before it is time to
-        `give_up`. `fills`: whether a prefill node may fill it."""
+        """Open `continue` on the first decode node that admits it, among those that run the job's model, before it is
+        time to `give_up`. `fills`: whether a prefill node may fill it. It is active from its opening on, until who has
+        it takes it out."""
         refusal: KvferryError = Unavailable("no decode node is ready; try again later")
-        for decode in self._models.decode(model.name):
-            if not decode.ready or decode.model != model:  # it may have gone while another was asked
+        for decode in self._running(job.model):
+            self._check_wanted(job)
+            if not decode.ready or decode.model != job.model:  # it may have gone while another was asked
                 continue
             partners = self._nodes.partners(decode) if fills else []
             placement = place(
@@ -242,15 +257,17 @@ class Flow:
             )  # fmt: skip
             record.placements.append(placement)
             handover = Handover(sequence, placement, self._nodes, record, self._metrics)
+            self._active[handover] = job.keys.pseudonym
             try:
                 await handover.open(max(min(self._config.admission_s, give_up - self._clock.now()), 0.001))
                 return handover
-            except (Overloaded, Unavailable) as error:
-                refusal = error
+            except BaseException as error:
+                del self._active[handover]
                 await handover.close()
+                if not isinstance(error, Overloaded | Unavailable):
+                    raise
                 if self._clock.now() >= give_up:
                     raise DeadlineExceeded(TOO_LONG) from error
-            except BaseException:
-                await handover.close()
-                raise
+                refusal = error
+        self._check_wanted(job)
         raise refusal

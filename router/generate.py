@@ -71,7 +71,9 @@ class Generator:
         arrived, outcome, records = self._clock.now(), "cancelled", []
         try:
             name = self._models.name_of(asked.model)
-            model = await self._flow.ready_model(name, self._config.node_wait_s)
+            allowed = self._config.request_s
+            give_up = arrived + (allowed if asked.timeout_s is None else min(asked.timeout_s, allowed))
+            model = await self._flow.ready_model(name, give_up)
             side = self._models.side_of(model.tokenizer)
             asked = asked.advised(side.defaults)
             jobs = await self._jobs(asked, model, side.tokenizer, tenant, grant, request["id"])

@@ -13,6 +13,8 @@ from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import least_loaded
 from kvferry.router.text import Tokenizer, load_tokenizer
 
+AGAIN_S = 30.0  # after which what could not be loaded is tried again
+
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +32,8 @@ class Models:
 
     def __init__(self, nodes: Nodes, own_defaults: bool):
         self._nodes, self._own_defaults = nodes, own_defaults
-        self._sides: dict[str, TextSide | None] = {}  # None: it could not be loaded
+        self._sides: dict[str, TextSide] = {}
+        self._again_at: dict[str, float] = {}  # places that could not be loaded, and when to try once more
         self._names: dict[str, int] = {}
 
     async def load(self, place: str, revision: str | None = None) -> None:
@@ -49,7 +52,7 @@ class Models:
         """Load what workers announce, for as long as there is a router."""
         while True:
             version = self._nodes.version
-            wanted = [node for node in self._nodes.decode if node.ready and node.model.tokenizer not in self._sides]
+            wanted = [node for node in self._nodes.decode if node.ready and self._wanted(node.model.tokenizer)]
             for node in wanted:
                 await self._load_of(node)
             if wanted:
@@ -57,21 +60,26 @@ class Models:
             else:
                 await self._nodes.changed_since(version)
 
+    def _wanted(self, place: str) -> bool:
+        return place not in self._sides and time.monotonic() >= self._again_at.get(place, 0)
+
     async def _load_of(self, node: Node) -> None:
         model = node.model
-        if model.tokenizer in self._sides:
+        if not self._wanted(model.tokenizer):
             return
         try:
             await self.load(model.tokenizer)
         except ConfigError as error:
-            self._sides[model.tokenizer] = None
+            self._again_at[model.tokenizer] = time.monotonic() + AGAIN_S
             log.error("%s, which %s runs, is not served: %s; tell the worker by --tokenizer where it is on this host",
                       model.name, node.address, error)  # fmt: skip
+        except Exception:
+            self._again_at[model.tokenizer] = time.monotonic() + AGAIN_S
+            log.exception("%s, which %s runs, is not served", model.name, node.address)
 
     def close(self) -> None:
         for side in self._sides.values():
-            if side is not None:
-                side.tokenizer.close()
+            side.tokenizer.close()
 
     def can_be_served(self, node: Node) -> bool:
         """Whether a decode node is ready, and so is what is needed of its model here."""

@@ -1,6 +1,7 @@
 """The front by itself: what it says of workers that are there or not, and how a request that took too long ends."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from aiohttp import ClientSession
 from kvferry.cli.demo_model import byte_tokenizer
 from kvferry.common.clock import ManualClock
 from kvferry.common.config import RouterConfig
-from kvferry.common.errors import DeadlineExceeded, Overloaded
+from kvferry.common.errors import DeadlineExceeded, Overloaded, Unavailable
 from kvferry.common.hashing import TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.sampling import SamplingParams
@@ -21,6 +22,7 @@ from kvferry.router.accounting import Metrics, Record
 from kvferry.router.app import Front
 from kvferry.router.defaults import NO_DEFAULTS
 from kvferry.router.flow import Flow, Job, Progress
+from kvferry.router.handover import Piece
 from kvferry.router.limits import Limits
 from kvferry.router.listener import listen
 from kvferry.router.models import Models, TextSide
@@ -140,3 +142,77 @@ def test_a_request_waits_for_its_place_no_longer_than_it_may(asked_s, allowed_s,
 
     asyncio.run(main())
     assert waited == [pytest.approx(3.0)]
+
+
+def another(**fields: object) -> pb.WorkerStatus:
+    status = pb.WorkerStatus()
+    status.CopyFrom(UP)
+    status.MergeFrom(pb.WorkerStatus(**fields))
+    return status
+
+
+def test_a_stream_goes_on_on_the_very_model_that_it_began_on(monkeypatch):
+    """Not on one of the same name, however idle."""
+    asked: list[int] = []
+    clock = ManualClock()
+
+    class Store:
+        async def lookup(self, names, lease):
+            return SimpleNamespace(blocks=[])
+
+    class Handover:
+        ended = False
+
+        def __init__(self, sequence, placement, *given):
+            self._node = placement.decode
+            asked.append(nodes.decode.index(self._node))
+
+        async def open(self, patience_s):
+            return
+
+        async def pieces(self, clock, give_up):
+            yield Piece((5,))
+            self._node.status = None
+            raise Unavailable("the connection to the decode node broke")
+
+        async def close(self):
+            return
+
+    async def main() -> None:
+        nonlocal nodes
+        config = dataclasses.replace(CONFIG, decode=("unix:/d0", "unix:/d1"), node_wait_s=0.05)
+        nodes = Nodes((), config.decode)
+        for node, status in zip(nodes.decode, (UP, another(fingerprint=b"o" * 32)), strict=True):
+            node.status, node.subscription.open = status, True
+        monkeypatch.setattr(flow_module, "Handover", Handover)
+        models = Models(nodes, own_defaults=False)
+        models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
+        flow = Flow(config, nodes, models, Store(), Metrics(), clock)
+        keys = TenantKeys.from_chain_key(b"k" * 32)
+        job = Job("r", nodes.decode[0].model, keys, "", [1, 2], SamplingParams(max_tokens=9))
+        nodes.decode[0].streams = 5  # the other one is the less loaded
+        pieces = flow.run(job, Record("r", 2, clock.now()), Progress(job))
+        assert (await anext(pieces)).token_ids == (5,)
+        with pytest.raises(Unavailable, match="has become another model"):
+            await anext(pieces)
+        await nodes.close()
+
+    nodes = None
+    asyncio.run(main())
+    assert asked == [0]
+
+
+def test_waiting_for_a_worker_ends_with_the_clients_time():
+    """And says that it was the client's; else that there is none."""
+
+    async def main() -> None:
+        clock = ManualClock()
+        nodes = Nodes((), CONFIG.decode)
+        flow = Flow(CONFIG, nodes, Models(nodes, own_defaults=False), None, Metrics(), clock)
+        with pytest.raises(DeadlineExceeded):
+            await flow.ready_model("name", clock.now())
+        with pytest.raises(Unavailable, match="no decode node is ready for name"):
+            await flow.ready_model("name", clock.now() + 100)
+        await nodes.close()
+
+    asyncio.run(main())

@@ -4,6 +4,7 @@ attempt is a script of pieces."""
 import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -41,10 +42,10 @@ class ScriptedFlow(Flow):
         self.asked: list[tuple[list[int], list[int]]] = []  # choices, tokens that were sent before
         self.closed = 0
 
-    async def ready_model(self, name, patience):
-        return MODEL
+    async def _ready_again(self, model, give_up):
+        assert model == MODEL
 
-    async def _attempt(self, job, record, progress, give_up, model):
+    async def _attempt(self, job, record, progress, give_up):
         choices, sent = list(job.choices), list(progress.sent[job.params.choice])
         self.asked.append((choices, sent))
         left = self.breaks(len(self.asked), choices)
@@ -174,7 +175,8 @@ class Handovers:
     def __init__(self, *scripts: list[Piece]):
         self.scripts, self.sequences, self.fills = list(scripts), [], []
 
-    async def admitted(self, sequence, model, cached, names, record, give_up, fills):
+    async def admitted(self, flow, job, sequence, cached, names, record, give_up, fills):
+        flow._active[self] = job.keys.pseudonym
         self.sequences.append(sequence)
         self.fills.append(fills)
         return self
@@ -206,12 +208,12 @@ def test_what_is_told_of_the_prompt_is_told_once(monkeypatch):
 
     config = RouterConfig(model="m", prefill=(), decode=("unix:/nowhere",), store="s")
     flow = Flow(config, None, None, Store(), Metrics(), ManualClock())
-    monkeypatch.setattr(flow, "_admitted", handovers.admitted)
+    monkeypatch.setattr(flow, "_admitted", partial(handovers.admitted, flow))
 
-    async def ready_model(name, patience):
-        return MODEL
+    async def ready_again(model, give_up):
+        assert model == MODEL
 
-    monkeypatch.setattr(flow, "ready_model", ready_model)
+    monkeypatch.setattr(flow, "_ready_again", ready_again)
     params = SamplingParams(max_tokens=2, prompt_logprobs=3)
     job = Job("r", MODEL, TenantKeys.from_chain_key(b"k" * 32), "", PROMPT, params, priority=-5)
 

@@ -13,6 +13,7 @@ from kvferry.common.config import RouterConfig
 from kvferry.common.errors import Unauthenticated, Unavailable
 from kvferry.common.hashing import TenantKeys
 from kvferry.common.sampling import SamplingParams
+from kvferry.router import flow as flow_module
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.flow import Flow, Job, Progress
 from kvferry.router.handover import Piece
@@ -23,15 +24,29 @@ MODEL = ServedModel("m", "m", b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 30
 
 
 class Handed:
-    """In the place of a `Handover`: gives one token, then stands still until it is aborted."""
+    """In the place of a `Handover`: gives one token once it is admitted, then stands still until it is aborted."""
 
     ended = closed = False
 
-    def __init__(self, sequence):
-        self.sequence, self._why = sequence, asyncio.Queue()
+    def __init__(self, worker, sequence):
+        self.worker, self.sequence, self._why = worker, sequence, asyncio.Queue()
+        worker.handed.append(self)
+
+    async def open(self, admission_s):
+        admitted, aborted = (asyncio.create_task(one) for one in (self.worker.may_admit.wait(), self._why.get()))
+        try:
+            await asyncio.wait({admitted, aborted}, return_when=asyncio.FIRST_COMPLETED)
+            if aborted.done():
+                raise aborted.result()
+        finally:
+            admitted.cancel()
+            aborted.cancel()
 
     def abort(self, why):
         self._why.put_nowait(why)
+
+    def end_choice(self, choice):
+        return
 
     async def pieces(self, clock, give_up):
         yield Piece((7,))
@@ -46,14 +61,11 @@ class Worker:
 
     def __init__(self):
         self.handed: list[Handed] = []
-        self.asked, self.may_admit = 0, asyncio.Event()
+        self.may_admit = asyncio.Event()
         self.may_admit.set()
 
-    async def admitted(self, sequence, *rest, **more):
-        self.asked += 1
-        await self.may_admit.wait()
-        self.handed.append(Handed(sequence))
-        return self.handed[-1]
+    def hand(self, sequence, placement, nodes, record, metrics):
+        return Handed(self, sequence)
 
 
 @pytest.fixture
@@ -66,13 +78,15 @@ def flow(monkeypatch, worker):
     async def lookup(names, lease):
         return SimpleNamespace(blocks=[])
 
-    async def ready_model(name, patience):
-        return MODEL
+    async def ready_again(model, give_up):
+        assert model == MODEL
 
     config = RouterConfig(model="m", prefill=(), decode=("unix:/nowhere",), store="s")
-    flow = Flow(config, None, None, SimpleNamespace(lookup=lookup), Metrics(), ManualClock())
-    monkeypatch.setattr(flow, "_admitted", worker.admitted)
-    monkeypatch.setattr(flow, "ready_model", ready_model)
+    nodes = SimpleNamespace(partners=lambda decode: [])
+    flow = Flow(config, nodes, None, SimpleNamespace(lookup=lookup), Metrics(), ManualClock())
+    monkeypatch.setattr(flow_module, "Handover", worker.hand)
+    monkeypatch.setattr(flow, "_ready_again", ready_again)
+    monkeypatch.setattr(flow, "_running", lambda model: [SimpleNamespace(ready=True, model=MODEL)])
     return flow
 
 
@@ -122,25 +136,31 @@ def test_erased_in_mid_stream(flow, worker):
     assert [handed.closed for handed in worker.handed] == [True], "it is not tried again"
 
 
-def test_erased_while_it_waits_for_its_place(flow, worker):
+@pytest.mark.parametrize("why", ["erased", "stopped"])
+def test_it_ends_while_it_waits_for_its_place(flow, worker, why):
+    """At once, not when it has one."""
+
     async def main():
         worker.may_admit.clear()
         task, got = await begun(flow, ACME)
-        flow.take_tenants(frozenset({BOLT.pseudonym}))
-        worker.may_admit.set()
-        with pytest.raises(Unauthenticated):
+        if why == "erased":
+            flow.take_tenants(frozenset({BOLT.pseudonym}))
+        else:
+            flow.stop()
+        with pytest.raises(Unauthenticated if why == "erased" else Unavailable):
             await asyncio.wait_for(task, 5)
         assert got == []
 
     asyncio.run(main())
     assert [handed.closed for handed in worker.handed] == [True]
+    assert not flow._active
 
 
 def test_erased_before_it_is_placed_and_there_again(flow, worker):
     flow.take_tenants(frozenset())
     with pytest.raises(Unauthenticated):
         asyncio.run(run(flow, ACME, []))
-    assert worker.asked == 0
+    assert worker.handed == []
     flow.take_tenants(frozenset({ACME.pseudonym}))
 
     async def main():
