@@ -73,9 +73,10 @@ def revoke(
     tenants_file: TenantsPath,
 ) -> None:
     """Take a key out of the file. Its tenant stays, with its other keys and what it has cached."""
-    from kvferry.router.tenants_file import read_file, without_key, write_file
+    from kvferry.router.tenants_file import key_id_of, read_file, without_key, write_file
 
     with plain_errors("keys revoke"), alone(tenants_file):
+        key_id = key_id_of(key_id)
         write_file(tenants_file, without_key(read_file(tenants_file), key_id))
     print(f"{key_id} is revoked; running routers refuse it within 2 s, and finish what it has under way")
 

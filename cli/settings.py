@@ -121,7 +121,9 @@ class Setting:
         if self.hint is float:
             return parse_number(given)
         if self.hint is Path:
-            if "\n" in given or given.startswith("kvf-"):
+            from kvferry.router.tenants_file import KEY
+
+            if "\n" in given or KEY.search(given):
                 raise ConfigError("it takes the path of a file, and what it was given is a secret itself")
             return Path(given).expanduser()
         return given

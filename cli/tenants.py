@@ -103,13 +103,15 @@ def text_of(value: Any) -> str:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold the file's folder locked, so that two changes at once do not lose one."""
+    """Hold the file's folder locked, that of the file itself where `path` is a link, so that two changes at once do not
+    lose one."""
     from kvferry.common.errors import ConfigError
 
+    parent = os.path.dirname(os.path.realpath(path))
     try:
-        folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
+        folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise ConfigError(f"{path.absolute().parent} is not a folder that can be read: {error.strerror}") from error
+        raise ConfigError(f"{parent} is not a folder that can be read: {error.strerror}") from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield

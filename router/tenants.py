@@ -10,7 +10,6 @@ import asyncio
 import hmac
 import logging
 import os
-import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +20,8 @@ from kvferry.common.clock import Clock, WallClock
 from kvferry.common.errors import ConfigError, Unauthenticated
 from kvferry.common.hashing import KEY_BYTES, TENANT_SALT_BYTES, TenantId, TenantKeys
 from kvferry.router.quota import UNLIMITED, TenantLimits
-from kvferry.router.tenants_file import NO_KEY, KeyLine, TenantsFile, key_hmac, read_file
+from kvferry.router.tenants_file import KEY, NO_KEY, KeyLine, TenantsFile, key_hmac, read_file
 
-KEY = re.compile(r"kvf-([0-9a-f]{12})-([0-9a-f]{64})")
 DEFAULT_TENANT = TenantId("default")
 LOOK_EVERY_S = 0.5
 

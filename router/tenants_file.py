@@ -55,6 +55,7 @@ from kvferry.router.quota import TenantLimits
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY_ID = re.compile(r"[0-9a-f]{12}")
+KEY = re.compile(rf"kvf-({KEY_ID.pattern})-([0-9a-f]{{64}})")
 NO_KEY = "0" * 12
 LIMITS = tuple(field.name for field in fields(TenantLimits))
 UNLIMITED = "unlimited"
@@ -126,7 +127,8 @@ def read_file(path: Path) -> TenantsFile:
 
 
 def write_file(path: Path, file: TenantsFile) -> None:
-    """Replace the file in one step; mode 0600. Raises ConfigError."""
+    """Replace the file in one step, where a link leads to it there. It keeps its owner, group and mode, so that who
+    reads it still can; a new one has mode 0600. Raises ConfigError."""
     lines = ["# kvferry tenants. Secret: anyone who reads this can read every tenant's cache.",
              "# Limits are set by hand; `kvferry keys` and `kvferry tenants` do not keep comments when they write it.",
              f'cluster_secret = "{file.cluster_secret}"']  # fmt: skip
@@ -138,10 +140,12 @@ def write_file(path: Path, file: TenantsFile) -> None:
         lines += ["", "[[keys]]", f'id = "{key.id}"', f'tenant = "{key.tenant}"', f'hmac = "{key.hmac}"']
         dates = (("created", key.created), ("expires", key.expires))
         lines += [f"{name} = {when.isoformat(timespec='seconds')}" for name, when in dates if when]
+    path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "w") as opened:
+            _own_as(descriptor, path)
             opened.write("\n".join(lines) + "\n")
             opened.flush()
             os.fsync(descriptor)
@@ -149,6 +153,20 @@ def write_file(path: Path, file: TenantsFile) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise ConfigError(f"the tenants file {path} cannot be written: {error.strerror}") from error
+
+
+def _own_as(descriptor: int, path: Path) -> None:
+    """Give a file the owner, group and mode of the one at `path`, if there is one. Raises OSError."""
+    try:
+        before = os.stat(path)
+    except FileNotFoundError:
+        return
+    try:
+        os.fchown(descriptor, before.st_uid, before.st_gid)
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"it belongs to user {before.st_uid} and group {before.st_gid}, who would "
+                              "lose it; run this as that user or as root") from error  # fmt: skip
+    os.fchmod(descriptor, stat.S_IMODE(before.st_mode) & 0o700)
 
 
 def _table(name: str, limits: LimitsTable) -> list[str]:
@@ -175,6 +193,17 @@ def with_key(file: TenantsFile, tenant: str, expires: datetime | None = None) ->
     line = KeyLine(key_id, tenant, key_hmac(secret, key_id, tenant), datetime.now(UTC).replace(microsecond=0), expires)
     changed = msgspec.structs.replace(file, tenants={**file.tenants, tenant: salt}, keys=(*file.keys, line))
     return changed, f"kvf-{key_id}-{secret.hex()}"
+
+
+def key_id_of(given: str) -> str:
+    """The id in a whole key, or the id itself. Raises ConfigError for what is neither, and does not repeat it: most of
+    a key may be in it."""
+    if whole := KEY.fullmatch(given):
+        return whole[1]
+    if not KEY_ID.fullmatch(given):
+        raise ConfigError("this is no key's id; give the 12 hex digits in the middle of kvf-ID-SECRET, which "
+                          "`kvferry keys list` shows")  # fmt: skip
+    return given
 
 
 def without_key(file: TenantsFile, key_id: str) -> TenantsFile:

@@ -1,5 +1,6 @@
 """`kvferry keys` and `kvferry tenants` as a person or a script meets them: real processes."""
 
+import fcntl
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvferry.cli.keys import expiry
+from kvferry.cli.tenants import alone
 from kvferry.common.errors import ConfigError
 from kvferry.router.tenants import Tenants
 from kvferry.router.tenants_file import read_file
@@ -83,6 +85,29 @@ def test_keys_from_first_to_last(kvferry, path):
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"kvferry keys revoke: there is no key {key_id}; `kvferry keys list` shows those there are\n"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_whole_key_can_be_revoked_and_none_is_shown(kvferry, path):
+    key, other = (kvferry("keys", "create", "acme").stdout.strip() for _ in range(2))
+    refused = kvferry("keys", "revoke", key + "0")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        "kvferry keys revoke: this is no key's id; give the 12 hex digits in the middle of kvf-ID-SECRET, which "
+        "`kvferry keys list` shows\n"
+    )
+    revoked = kvferry("keys", "revoke", key)
+    assert (revoked.returncode, key.split("-")[2] in revoked.stdout + revoked.stderr) == (0, False)
+    assert [line.id for line in read_file(path).keys] == [other.split("-")[1]]
+
+
+def test_changes_by_a_link_wait_for_those_of_its_file(path, tmp_path):
+    link = tmp_path / "elsewhere" / "link.toml"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    with alone(link), pytest.raises(BlockingIOError):
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)
 
 
 def test_json_is_complete(kvferry, path):

@@ -15,6 +15,7 @@ from kvferry.common.values import setting
 from kvferry.router.limits import Limits
 
 COMMANDS = {**roles.FLAGS, "serve": serve.FLAGS, "check-config": check_config.FLAGS}
+A_KEY = f"kvf-0123456789ab-{'abc' * 21}a"
 
 
 def layers(text: str = "", flags: dict | None = None, folder: Path | None = None, **environment: str):
@@ -176,7 +177,7 @@ def test_an_empty_variable_and_those_of_a_service_are_none():
         ("[router\nport = 1", "is not TOML: "),
         ("[router]\ntenants = 'abc'", "router.tenants would be a secret in"),
         ("[router]\napi_key = 'abc'", "router.api_key would be a secret in"),
-        ("[router]\ntenants_file = 'kvf-0123-abc'", "what it was given is a secret itself"),
+        (f"[router]\ntenants_file = '{A_KEY}'", "what it was given is a secret itself"),
     ],
 )
 def test_a_file_that_is_wrong(text, says, tmp_path):
@@ -195,6 +196,10 @@ def test_a_file_that_cannot_be_read(tmp_path):
         resolve({}, {}, {}, tmp_path / "bytes")
 
 
+def test_a_path_may_begin_as_a_key_does():
+    assert layers(KVFERRY_STORE_SOCKET="kvf-store")["store.socket"] == Path("kvf-store")
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
@@ -203,7 +208,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ("KVFERRY_ROUTER_PORT", "high", "KVFERRY_ROUTER_PORT: 'high' is not a whole number"),
         ("KVFERRY_ROUTER_TENANTS", "abc", "give its path as KVFERRY_ROUTER_TENANTS_FILE"),
         ("KVFERRY_CLUSTER_SECRET", "abc", "KVFERRY_CLUSTER_SECRET would be a secret in the environment"),
-        ("KVFERRY_ROUTER_TENANTS_FILE", "kvf-0123-abc", "what it was given is a secret itself"),
+        ("KVFERRY_ROUTER_TENANTS_FILE", A_KEY, "what it was given is a secret itself"),
     ],
 )
 def test_an_environment_that_is_wrong(variable, value, says):

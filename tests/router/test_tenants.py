@@ -1,9 +1,11 @@
 """Keys stand for tenants, a file that could mislead is refused, and a changed one is taken whole or not at all."""
 
 import asyncio
+import errno
 import logging
 import os
 import re
+import stat
 from datetime import UTC, datetime
 
 import pytest
@@ -185,6 +187,40 @@ def test_missing_and_unreadable_files(path, tmp_path):
         Tenants.load(tmp_path)
     with pytest.raises(ConfigError, match="cannot be written"):
         write_file(tmp_path / "nowhere" / "tenants.toml", new_file())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_changed_file_keeps_its_owner_and_mode(two):
+    path, *_ = two
+    os.chown(path, 1234, 4321)
+    path.chmod(0o400)
+    write_file(path, read_file(path))
+    told = path.stat()
+    assert (told.st_uid, told.st_gid, stat.S_IMODE(told.st_mode)) == (1234, 4321, 0o400)
+
+
+def test_a_file_that_would_be_taken_from_its_owner_is_left_as_it_is(two, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    path, *_ = two
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fchown", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be written: it belongs to user \d+ .* run this as that user"):
+        write_file(path, with_key(read_file(path), "other")[0])
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_stays_one_and_its_file_changes(two, tmp_path):
+    path, *_ = two
+    link = tmp_path / "elsewhere" / "link.toml"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    write_file(link, with_key(read_file(link), "other")[0])
+    assert link.is_symlink()
+    assert "other" in read_file(path).tenants
+    assert list(link.parent.iterdir()) == [link]
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a" * 65, 'a"b', ".a", "\u00e9"])
