@@ -19,7 +19,7 @@ from kvferry.common.config import (
     WorkerConfig,
 )
 from kvferry.common.errors import ConfigError
-from kvferry.common.values import parse_count, parse_number, parse_size, size_text
+from kvferry.common.values import key_of, parse_count, parse_number, parse_size, size_text
 from kvferry.router.limits import Limits
 
 SECTIONS: Mapping[str, type] = MappingProxyType(
@@ -35,7 +35,6 @@ SECTIONS: Mapping[str, type] = MappingProxyType(
     }
 )
 FLAG_PREFIXES: Mapping[str, str] = MappingProxyType({"router.limits": "max-"})
-UNITS = (("_s", "_seconds"), ("_bytes", "_size"))  # how a field's name says its unit, and how a setting's name does
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,7 @@ class Setting:
 
     @cached_property
     def key(self) -> str:
-        if name := self.field.metadata.get("name"):
-            return name
-        for unit, word in UNITS:
-            if self.field.name.endswith(unit):
-                return self.field.name.removesuffix(unit) + word
-        return self.field.name
+        return key_of(self.field)
 
     @cached_property
     def path(self) -> str:

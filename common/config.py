@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.values import setting
+from kvferry.common.values import require_least, setting
 
 ENVIRONMENT_PREFIX = "KVFERRY_"
 MAX_SOCKET_PATH = 107  # bytes: sun_path of unix(7), less the zero at its end
@@ -147,11 +147,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "the model's name is empty; give `demo`, a folder or a Hugging Face id")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_model_len", "num_blocks", "threads"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+        require_least(self, 1, "block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting")
+        require_least(self, 1, "max_model_len", "num_blocks", "threads")
         _require(self.dtype in ("auto", "float32", "bfloat16", "float16"),
                  f"dtype {self.dtype!r} is not known; use auto, float32, bfloat16 or float16")  # fmt: skip
         _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
@@ -176,8 +173,7 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         check_worker_address(self.listen)
-        for name in ("single_flight_wait_s", "drain_s"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        require_least(self, 0, "single_flight_wait_s", "drain_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +224,8 @@ class RouterConfig:
         _require(self.port == 0 or self.port != self.admin_port or self.host != self.admin_host,
                  f"the API and the admin pages cannot both be at {self.host}:{self.port}; give another --admin-port",
                  )  # fmt: skip
-        for name in ("max_local_prefill", "admission_s", "node_wait_s", "request_s", "drain_s"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        _require(self.max_concurrent >= 1, f"max_concurrent is {self.max_concurrent}; it must be at least 1")
+        require_least(self, 0, "max_local_prefill", "admission_s", "node_wait_s", "request_s", "drain_s")
+        require_least(self, 1, "max_concurrent")
         _require(self.generation_config in ("auto", "vllm"),
                  f"generation_config {self.generation_config!r} is not known; use auto or vllm")  # fmt: skip
         if self.tenants_file is None and not is_loopback(self.host):

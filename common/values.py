@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import MISSING, field
+from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 from kvferry.common.errors import ConfigError
@@ -10,6 +10,7 @@ from kvferry.common.errors import ConfigError
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+OF_FIELDS = (("_s", "_seconds"), ("_bytes", "_size"))  # how a field's name says its unit, and how a setting's name does
 COUNT = re.compile(r"(-?\d+|\d+\.\d+(?=[kmgKMG]))([kmgKMG]?)")
 
 
@@ -54,3 +55,21 @@ def setting(help: str, default: Any = MISSING, **more: Any) -> Any:
     `unset`: what it means that there is no value.
     """
     return field(default=default, metadata={"help": help, **more})
+
+
+def key_of(field: Field) -> str:
+    """What a setting is called in a file, by its dataclass's field."""
+    if name := field.metadata.get("name"):
+        return name
+    for unit, word in OF_FIELDS:
+        if field.name.endswith(unit):
+            return field.name.removesuffix(unit) + word
+    return field.name
+
+
+def require_least(config: Any, least: int, *names: str) -> None:
+    """Raise ConfigError, by the name that people type, for one of these fields that is less; None is not."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if one.name in names and value is not None and value < least:
+            raise ConfigError(f"{key_of(one)} is {value}; it must be at least {least}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvferry.cli import check_config, roles, serve
+from kvferry.cli.checks import check_values
 from kvferry.cli.flags import PANELS, Flags, annotation
 from kvferry.cli.layers import resolve
 from kvferry.cli.settings import SECTIONS, SETTINGS, settings_of
@@ -194,6 +195,23 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not TOML"):
         resolve({}, {}, {}, tmp_path / "bytes")
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "says"),
+    [
+        ("router.admission_seconds", "-1", "admission_seconds is -1.0; it must be at least 0"),
+        ("router.max_local_prefill_length", "-1", "max_local_prefill_length is -1; it must be at least 0"),
+        ("prefill.drain_seconds", "-1", "drain_seconds is -1.0; it must be at least 0"),
+        ("engine.num_gpu_blocks_override", "0", "num_gpu_blocks_override is 0; it must be at least 1"),
+        ("router.limits.body_size", "0", "the limit body_size is 0; it must be at least 1"),
+        ("router.limits.body_seconds", "0", "the limit body_seconds is 0.0; it must be a number of seconds above 0"),
+    ],
+)
+def test_what_is_too_small_is_called_as_it_was_typed(path, given, says):
+    with pytest.raises(ConfigError) as refused:
+        check_values(layers(**{SETTINGS[path].variable: given}))
+    assert str(refused.value) == says
 
 
 def test_a_path_may_begin_as_a_key_does():
