@@ -64,7 +64,6 @@ class Sequence:
     admissions: int = 0
     withdrawn: bool = False
     first_tokens: tuple[tuple[int, int], ...] = ()
-    borrowed: int = 0  # blocks of its table that others held when it took them
     scored: int = 0  # prompt tokens whose log probability has been told, besides the first, which has none
     shares_tail: bool = False  # its last, partial block may stand in other tables too
     table_row: int = -1  # in the scheduler's block tables

@@ -58,6 +58,7 @@ class World:
         self.told: dict[tuple[int, int], list[int]] = {}
         self.ended: Counter[tuple[int, int]] = Counter()
         self.uncollected: list[Sequence] = []
+        self.publishing: list[list[int]] = []
         self.plan = None
         self.last_id = 0
         self.steps = self.forks = self.copies = 0
@@ -193,6 +194,16 @@ class World:
             if ended:
                 self.ended[key] += 1
 
+    def publish(self, seq: Sequence) -> None:
+        """Somebody begins to copy what a sequence has computed so far, and holds it until that is done, whatever
+        becomes of the sequence."""
+        blocks = seq.block_table[: seq.blocks_computed]
+        self.pool.hold(blocks)
+        self.publishing.append(blocks)
+
+    def published(self, number: int) -> None:
+        self.pool.release(self.publishing.pop(number))
+
     def collect(self) -> None:
         """The streams of finished sequences close."""
         for seq in self.uncollected:
@@ -204,6 +215,8 @@ class World:
         self.scheduler.check_integrity()
         sequences = self.scheduler._sequences.values()
         held = Counter(block for seq in sequences for block in seq.block_table) + self.scheduler._tables._left
+        for blocks in self.publishing:
+            held.update(blocks)
         for block in range(self.pool.num_blocks):
             assert self.pool.holders(block) == held[block], "holders are not the tables that a block stands in"
         assert sum(seq.params.n for seq in self.active()) <= self.max_num_seqs
@@ -221,6 +234,8 @@ class World:
         """Without new arrivals everyone finishes, with the tokens they would have alone, and nothing is held."""
         if self.plan is not None:
             self.end_step()
+        while self.publishing:
+            self.published(0)
         for _ in range(60 * (sum(seq.params.n for seq in self.live.values()) + 1)):
             self.turn()
             self.check()

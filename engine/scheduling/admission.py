@@ -2,7 +2,7 @@
 
 from kvferry.common.errors import InvalidRequest, Overloaded
 from kvferry.engine.scheduling.fairness import Tenants
-from kvferry.engine.scheduling.preemption import blocks_of, places_of
+from kvferry.engine.scheduling.preemption import Held, places_of
 from kvferry.engine.sequence import Sequence
 
 
@@ -36,15 +36,16 @@ def who_leaves_the_line(seq: Sequence, tenants: Tenants, max_waiting: int) -> Se
     return untold[-1]
 
 
-def may_pass(seq: Sequence, first: Sequence, tenants: Tenants, num_blocks: int, max_num_seqs: int) -> bool:
+def may_pass(
+    seq: Sequence, first: Sequence, tenants: Tenants, num_blocks: int, max_num_seqs: int, blocks_held: Held
+) -> bool:
     """Whether a sequence may be let in although `first`, whose tenant's turn it is, does not fit: as far as its tenant
     stays within its share of places and blocks, and until it has been served a whole pool more than the other's. Then
     it waits as well, and what becomes free gathers for `first`."""
     own, other = tenants[seq.tenant], tenants[first.tenant]
     share = own.weight / sum(tenant.weight for tenant in tenants.busy)
-    active = own.active.values()
     return (
-        places_of(active) + seq.params.n <= max_num_seqs * share
-        and blocks_of(active) + seq.blocks_needed <= num_blocks * share
+        places_of(own.active.values()) + seq.params.n <= max_num_seqs * share
+        and blocks_held(own.name, ()) + seq.blocks_needed <= num_blocks * share
         and own.ahead - other.ahead <= num_blocks * seq.block_size
     )

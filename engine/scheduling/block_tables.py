@@ -4,7 +4,7 @@ They stand as rows of one array as well, so that a step's tables are one copy.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -21,25 +21,24 @@ class BlockTables:
         self._free_rows = list(range(16))
         self._copies: dict[int, tuple[int, int]] = {}  # of the next step, by sequence
         self._left: Counter[int] = Counter()  # blocks that are copied from, held until the step is done
+        self._of_tenant: dict[str, Counter[int]] = {}  # in how many of its tables each block stands
 
     def open(self, seq: Sequence, reused: list[int]) -> None:
         """Give a sequence these blocks and fresh ones for the rest of its tokens and one more. There must be enough."""
-        seq.borrowed = sum(self._pool.holders(block) > 0 for block in reused)
         self._pool.hold(reused)
         fresh = self._pool.allocate(seq.blocks_needed - len(reused))
         if fresh is None:
             raise AssertionError(f"sequence {seq.id} was let in and there are no blocks for it")
         seq.block_table = reused + fresh
-        self._take_row(seq)
+        self._enter(seq)
 
     def share(self, seq: Sequence, branches: Iterable[Sequence]) -> None:
         """Branches of `seq` stand in its blocks too. The last one, if it is partial, is copied once they write."""
         seq.shares_tail = seq.num_computed % seq.block_size > 0
         for branch in branches:
             branch.shares_tail = seq.shares_tail
-            branch.borrowed = len(branch.block_table)
             self._pool.hold(branch.block_table)
-            self._take_row(branch)
+            self._enter(branch)
 
     def fit(self, seq: Sequence, end: int) -> bool:
         """Make a table cover `end` tokens, and what is written next its own. False if the pool has no block left: once
@@ -48,6 +47,7 @@ class BlockTables:
             if (fresh := self._pool.allocate(1)) is None:
                 return False
             seq.block_table += fresh
+            self._of_tenant[seq.tenant].update(fresh)
             self._put(seq.table_row, len(seq.block_table) - 1, fresh)
         return not seq.shares_tail or self._own_tail(seq)
 
@@ -61,7 +61,8 @@ class BlockTables:
             seq.block_table[index] = own[0]
             self._put(seq.table_row, index, own)
             self._left[shared] += 1
-            seq.borrowed = min(seq.borrowed, index)
+            self._of_tenant[seq.tenant].update(own)
+            self._count_out(seq.tenant, [shared])
             self._copies[seq.id] = (shared, own[0])
         seq.shares_tail = False
         return True
@@ -69,10 +70,30 @@ class BlockTables:
     def close(self, seq: Sequence) -> None:
         """Let go of all that a sequence holds. May be repeated."""
         self._pool.release(seq.block_table)
+        self._count_out(seq.tenant, seq.block_table)
         self._copies.pop(seq.id, None)
         if seq.table_row >= 0:
             self._free_rows.append(seq.table_row)
-        seq.block_table, seq.table_row, seq.shares_tail, seq.borrowed = [], -1, False, 0
+        seq.block_table, seq.table_row, seq.shares_tail = [], -1, False
+
+    def held(self, tenant: str, gone: Collection[Sequence] = ()) -> int:
+        """How many blocks stand in the tables of a tenant, each counted once, when some of its sequences have gone."""
+        tables = self._of_tenant.get(tenant, {})
+        freed = Counter(block for seq in gone for block in seq.block_table)
+        return len(tables) - sum(count == tables[block] for block, count in freed.items())
+
+    def _count_out(self, tenant: str, blocks: list[int]) -> None:
+        """They stand in one table less."""
+        if not blocks:
+            return
+        tables = self._of_tenant[tenant]
+        for block in blocks:
+            if tables[block] == 1:
+                del tables[block]
+            else:
+                tables[block] -= 1
+        if not tables:
+            del self._of_tenant[tenant]
 
     def copies(self) -> np.ndarray:
         """The (from, to) copies that the step to come has to make first, int64 `[C, 2]`."""
@@ -90,7 +111,9 @@ class BlockTables:
         self._widen(pages)
         return self._rows[rows, :pages]
 
-    def _take_row(self, seq: Sequence) -> None:
+    def _enter(self, seq: Sequence) -> None:
+        """It stands in its blocks from now on, and has a row."""
+        self._of_tenant.setdefault(seq.tenant, Counter()).update(seq.block_table)
         if not self._free_rows:
             count = len(self._rows)
             self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
@@ -109,13 +132,19 @@ class BlockTables:
             self._rows = wider
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Raises AssertionError when a row is not its sequence's table, or the pool counts fewer holders."""
+        """Raises AssertionError when a row is not its sequence's table, the pool counts fewer holders, or a tenant's
+        blocks are other ones."""
         tables = []
+        of_tenant: dict[str, Counter[int]] = {}
         for seq in sequences:
             table = seq.block_table
             tables.append(table)
+            if table:
+                of_tenant.setdefault(seq.tenant, Counter()).update(table)
             if seq.table_row >= 0 and self._rows[seq.table_row, : len(table)].tolist() != table:
                 raise AssertionError(f"sequence {seq.id} has another table in its row")
             if len(set(table)) != len(table):
                 raise AssertionError(f"sequence {seq.id} holds a block twice")
+        if of_tenant != self._of_tenant:
+            raise AssertionError("the blocks of some tenant are not those of its sequences")
         self._pool.check_integrity([*tables, list(self._left.elements())])

@@ -19,7 +19,8 @@ RANK = attrgetter("rank")
 class Tenant:
     """One tenant's sequences: those that wait, first in line first, and those that hold blocks."""
 
-    def __init__(self, served: float):
+    def __init__(self, name: str, served: float):
+        self.name = name
         self.weight = 1.0
         self.served = served  # tokens computed, over the weight
         self.last_turn = 0  # the sequence that was the last to get tokens, where there were not enough for all
@@ -71,7 +72,7 @@ class Tenants:
             if not (idle.waiting or idle.active) and idle.served <= floor:
                 del self._tenants[other]
         if name not in self._tenants:
-            self._tenants[name] = Tenant(0.0)
+            self._tenants[name] = Tenant(name, 0.0)
         tenant = self._tenants[name]
         if math.isfinite(floor):
             tenant.served = max(tenant.served, floor)

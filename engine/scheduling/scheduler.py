@@ -17,7 +17,7 @@ from kvferry.engine.page_pool import PagePool
 from kvferry.engine.scheduling.admission import check_fits, may_pass, who_leaves_the_line
 from kvferry.engine.scheduling.block_tables import BlockTables
 from kvferry.engine.scheduling.fairness import RANK, Tenant, Tenants
-from kvferry.engine.scheduling.preemption import blocks_of, victim_for_growth, victims_for_admission
+from kvferry.engine.scheduling.preemption import victim_for_growth, victims_for_admission
 from kvferry.engine.scheduling.rows import Rows
 from kvferry.engine.scheduling.sharing import share_out
 from kvferry.engine.scheduling.step import Step, draws_of, make_plan, scores_of
@@ -90,7 +90,7 @@ class Scheduler:
         return admitted
 
     def _may_pass(self, seq: Sequence, first: Sequence) -> bool:
-        return may_pass(seq, first, self._tenants, self._pool.num_blocks, self.max_num_seqs)
+        return may_pass(seq, first, self._tenants, self._pool.num_blocks, self.max_num_seqs, self._tables.held)
 
     def _who_makes_room(self, seq: Sequence, reused: list[int]) -> list[Sequence] | None:
         """The sequences to push out so that this one can be admitted; None if it has to wait.
@@ -108,7 +108,7 @@ class Scheduler:
             its_own = sum(self._pool.holders(block) == 1 and block not in kept for block in victim.block_table)
             return its_own + victim.params.n
 
-        return victims_for_admission(seq, self._tenants, places, blocks, freed, self.in_flight)
+        return victims_for_admission(seq, self._tenants, places, blocks, freed, self.in_flight, self._tables.held)
 
     def _activate(self, seq: Sequence, tenant: Tenant, reused: list[int]) -> None:
         self._tables.open(seq, reused)
@@ -182,12 +182,12 @@ class Scheduler:
             return
         short.sort(key=lambda pair: pair[0].rank)
         if len(self._tenants.busy) > 1:
-            tenants = {seq.tenant: self._tenants[seq.tenant] for seq, _ in short}
-            held = {name: blocks_of(tenant.active.values()) / tenant.weight for name, tenant in tenants.items()}
+            names = {seq.tenant for seq, _ in short}
+            held = {name: self._tables.held(name) / self._tenants[name].weight for name in names}
             short.sort(key=lambda pair: held[pair[0].tenant])
         for seq, end in short:
             while seq.status is Status.RUNNING and not self._tables.fit(seq, end):
-                self.preempt(victim_for_growth(seq, self._tenants))
+                self.preempt(victim_for_growth(seq, self._tenants, self._tables.held))
         rows.refit()
 
     def finish_step(self, outcome: Outcome) -> list[Sequence]:

@@ -199,15 +199,16 @@ def test_streams_of_one_tenant_take_turns():
     assert sum(gained) == pytest.approx(100 * 32, rel=0.1)
 
 
-def held(place, scope, blocks, weight, **fields):
-    """A sequence that runs and holds so many blocks, some of them perhaps another's."""
+def held(place, scope, blocks, weight, sharing=()):
+    """A sequence that runs and holds so many blocks of its own, after `sharing`, which others hold too."""
     seq = place.ask(scope, weight=weight)
-    tenant = place.scheduler._tenants[seq.tenant]
+    scheduler = place.scheduler
+    tenant = scheduler._tenants[seq.tenant]
     tenant.waiting.remove(seq)
     tenant.active[seq.id] = seq
-    seq.status, seq.block_table = Status.RUNNING, list(range(blocks))
-    for name, value in fields.items():
-        setattr(seq, name, value)
+    scheduler._pool.hold(sharing)
+    seq.status, seq.block_table = Status.RUNNING, [*sharing, *scheduler._pool.allocate(blocks)]
+    scheduler._tables._enter(seq)
     return seq
 
 
@@ -215,14 +216,23 @@ def test_who_grows_takes_from_who_holds_most_for_its_weight():
     place = Place(blocks=2000, seqs=64, budget=64)
     rich = [held(place, HEAVY, 10, 3.0) for _ in range(2)]
     poor = [held(place, LIGHT, 8, 1.0)]
-    tenants = place.scheduler._tenants
-    assert victim_for_growth(rich[0], tenants) is poor[0], "20 for a weight of 3 are less than 8 for 1"
-    held(place, HEAVY, 10, 3.0)
-    last = held(place, HEAVY, 10, 3.0, borrowed=5)
-    assert victim_for_growth(poor[0], tenants) is last, "35 are more"
-    last.borrowed = 10
-    rich[1].borrowed = 10
-    assert victim_for_growth(rich[0], tenants) is poor[0], "what is shared with others counts once"
+    tenants, blocks = place.scheduler._tenants, place.scheduler._tables.held
+    assert victim_for_growth(rich[0], tenants, blocks) is poor[0], "20 for a weight of 3 are less than 8 for 1"
+    sharing = held(place, HEAVY, 3, 3.0, sharing=rich[0].block_table)
+    assert victim_for_growth(rich[0], tenants, blocks) is poor[0], "23 are less, too: what is shared counts once"
+    last = held(place, HEAVY, 2, 3.0)
+    assert victim_for_growth(poor[0], tenants, blocks) is last, "25 are more"
+    assert blocks(sharing.tenant, [sharing]) == 22
+    assert blocks(sharing.tenant, [sharing, rich[0]]) == 12
+    place.scheduler._tables.close(rich[0])
+    assert victim_for_growth(poor[0], tenants, blocks) is last, "somebody still holds what the first one had first"
+
+
+def test_a_tenant_that_only_waits_has_nothing_to_give():
+    place = Place(blocks=40, seqs=64, budget=64)
+    place.ask(LIGHT)
+    growing = held(place, HEAVY, 0, 1.0)
+    assert victim_for_growth(growing, place.scheduler._tenants, place.scheduler._tables.held) is growing
 
 
 @pytest.mark.parametrize(("weight", "lets_in"), [(1.0, False), (3.0, True)])
@@ -234,7 +244,13 @@ def test_who_is_let_in_ends_with_no_more_than_who_made_room(weight, lets_in):
     newcomer = place.ask(HEAVY, prompt_len=3 * BLOCK, weight=weight)
     for places, blocks in ((1, 0), (0, 4)):
         victims = victims_for_admission(
-            newcomer, place.scheduler._tenants, places, blocks, lambda seq: len(seq.block_table), lambda seq: False
+            newcomer,
+            place.scheduler._tenants,
+            places,
+            blocks,
+            lambda seq: len(seq.block_table),
+            lambda seq: False,
+            place.scheduler._tables.held,
         )
         assert victims == ([holders[-1]] if lets_in else None)
 
@@ -278,7 +294,7 @@ NAMES = ("a", "b", "c", "d")
 def test_a_step_is_split_to_the_last_token(budget, wanted, weights, served):
     tenants = Tenants()
     for name, weight, before in zip(NAMES, weights, served, strict=True):
-        tenants._tenants[name] = tenant = Tenant(float(before))
+        tenants._tenants[name] = tenant = Tenant(name, float(before))
         tenant.weight = weight
     given_out = tenants.split(budget, wanted)
     assert sum(given_out.values()) == min(budget, sum(wanted.values()))

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scheduling import PROMPTS, TENANTS, World
+from scheduling import BLOCK, PROMPTS, TENANTS, World
+
+from kvferry.engine.sequence import Status
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -91,6 +93,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def collect(self):
         self.world.collect()
 
+    @precondition(lambda self: self.world.active())
+    @rule(data=st.data())
+    def publish(self, data):
+        self.world.publish(data.draw(st.sampled_from(self.world.active())))
+
+    @precondition(lambda self: self.world.publishing)
+    @rule(data=st.data())
+    def published(self, data):
+        self.world.published(data.draw(st.integers(0, len(self.world.publishing) - 1)))
+
     @invariant()
     def holds(self):
         if hasattr(self, "world"):
@@ -162,3 +174,38 @@ def test_the_oldest_is_never_starved(budget, length):
         assert step - since < 60, f"sequence {oldest} waits"
     assert sum(world.ended.values()) > 50
     world.run_to_the_end()
+
+
+def test_a_full_pool_that_nobody_can_give_from():
+    """All but one sequence's blocks are being published for those who had them before; the tenant that is first in
+    line only waits, and the one that grows is the one that makes room."""
+    world = World(14, 8, 64)
+    first = world.add([4] * BLOCK, 12, min_tokens=12, tenant="b")
+    world.turn()
+    world.publish(first)
+    root = world.add([1] * (BLOCK * 7 - 1), 12, min_tokens=12, n=2, tenant="a")
+    world.turn()
+    world.abort(root)  # of two choices the first
+    world.abort(first)
+    kept = world.pool.allocate(world.pool.num_free)
+    world.add([3] * (BLOCK * 5), 3, tenant="b")
+    for _ in range(8):
+        world.turn()
+    world.pool.release(kept)
+    world.run_to_the_end()
+
+
+def test_what_a_tenant_holds_is_counted_whoever_had_it_first():
+    """So it can be pushed out for another: two answers to one prompt are no less than one when the first has ended."""
+    for n in (1, 2):
+        world = World(19, 8, 64)
+        for token in (1, 4):
+            root = world.add([token] * 27, 12, min_tokens=12, n=n, tenant="a")
+            world.turn()
+            if n == 2:
+                world.abort(root)
+        newcomer = world.add([3] * 23, 3, tenant="b")
+        world.scheduler.admit()
+        assert newcomer.status is Status.RESTORING
+        assert world.scheduler.num_preemptions == 1
+        world.run_to_the_end()
