@@ -48,6 +48,10 @@ class HeadersTooLarge(KvferryError):
     """The request's head is over the limit."""
 
 
+class ExpectationFailed(KvferryError):
+    """The request's Expect header wants what this server does not do."""
+
+
 class ArrivedTooSlowly(KvferryError):
     """The request's body was not all there in time."""
 
@@ -107,6 +111,7 @@ OUTCOMES: dict[type[KvferryError], Outcome] = {
     MethodNotAllowed: Outcome(405, "UNIMPLEMENTED", "invalid_request_error", "method_not_allowed"),
     TooLarge: Outcome(413, "OUT_OF_RANGE", "invalid_request_error", "request_too_large"),
     HeadersTooLarge: Outcome(431, None, "invalid_request_error", "headers_too_large"),
+    ExpectationFailed: Outcome(417, None, "invalid_request_error", "expectation_failed"),
     ArrivedTooSlowly: Outcome(408, None, "invalid_request_error", "request_timeout"),
     RateLimited: Outcome(429, "ABORTED", "rate_limit_exceeded", "rate_limit_exceeded", retry_after_s=1),
     Overloaded: Outcome(503, "RESOURCE_EXHAUSTED", "server_error", "overloaded", retry_after_s=1),

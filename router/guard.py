@@ -9,15 +9,17 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from kvferry.common.errors import HeadersTooLarge, InvalidRequest, KvferryError, outcome_of
+from kvferry.common.errors import ExpectationFailed, HeadersTooLarge, InvalidRequest, KvferryError, outcome_of
 from kvferry.common.telemetry import REQUEST_ID
 from kvferry.router.accounting import Metrics
+from kvferry.router.gate import Place
 from kvferry.router.limits import Limits
 from kvferry.router.refusals import error_response, told_of, too_large, too_slow
 
 GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 FIRST_LINE_REST = len("  HTTP/1.1\r\n")  # beside the method and the path
 LINE_REST = len(": \r\n")
+CONTINUE = "100-continue"
 PROBES = ("/health", "/ready")  # asked again and again; they are told of nowhere
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -67,23 +69,35 @@ def guard(limits: Limits, metrics: Metrics) -> Callable[[web.Request, Handler], 
 
 
 def check_head(request: web.Request, limits: Limits) -> None:
+    """Raises HeadersTooLarge and ExpectationFailed."""
     size = len(request.method) + len(request.raw_path) + FIRST_LINE_REST + len("\r\n")
     size += sum(len(name) + len(value) + LINE_REST for name, value in request.raw_headers)
     if size > limits.header_bytes:
         raise HeadersTooLarge(
             f"the request's head has {size} bytes; this server takes {limits.header_bytes}, so send fewer headers"
         )
+    if request.get("expected", CONTINUE) != CONTINUE:
+        raise ExpectationFailed(f"the Expect header of a request can only be {CONTINUE}; leave it out")
 
 
-async def read_body(request: web.Request, limits: Limits) -> bytes:
-    """The whole body. Raises TooLarge, before reading where its length is told, ArrivedTooSlowly, and InvalidRequest
-    for one that is not what its headers say."""
+async def read_body(request: web.Request, limits: Limits, place: Place) -> bytearray:
+    """The whole body. Raises TooLarge, before reading where its length is told, ArrivedTooSlowly, Overloaded, and
+    InvalidRequest for one that is not what its headers say."""
+    body = bytearray()
     if (request.content_length or 0) > limits.body_bytes:
         raise too_large(limits.body_bytes)
+    if "expected" in request:  # the client waits with the body until it is told to send it
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer has not begun
     try:
         async with asyncio.timeout(limits.body_s):
-            return await request.read()
+            async for piece in request.content.iter_any():
+                if len(body) + len(piece) > limits.body_bytes:
+                    raise too_large(limits.body_bytes)
+                place.hold(len(piece))
+                body += piece
     except TimeoutError:
         raise too_slow(limits.body_s) from None
     except web.RequestPayloadError as error:
         raise InvalidRequest("the body is not as its headers say, or its chunks are broken") from error
+    return body

@@ -2,9 +2,12 @@
 
 import logging
 import uuid
+from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.http_parser import RawRequestMessage
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from kvferry.common.errors import ConfigError, HeadersTooLarge, Internal, InvalidRequest, KvferryError
 from kvferry.router.limits import Limits
@@ -46,9 +49,21 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         given = {name: value for name, value in self._kwargs.items() if name != "handler_cancellation"}
+
+        def request_of(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+            """What a client expects is left to the guard: aiohttp answers it before a route is asked."""
+            if "Expect" not in message.headers:
+                return made.request_factory(message, *rest)
+            headers = CIMultiDict(message.headers)
+            expected = ", ".join(headers.popall("Expect"))
+            request = made.request_factory(message._replace(headers=CIMultiDictProxy(headers)), *rest)
+            if message.version >= HttpVersion11:
+                request["expected"] = expected.lower()
+            return request
+
         return Server(
             made.request_handler,
-            request_factory=made.request_factory,
+            request_factory=request_of,
             handler_cancellation=made.handler_cancellation,
             **given,
         )

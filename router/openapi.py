@@ -95,8 +95,10 @@ def _paths() -> Schema:
     for path, (name, body, answer) in generating.items():
         content = _json(answer) | {"text/event-stream": {"schema": EVENT}}
         paths[path] = {"post": _operation(name, content, body, 401, 404, 429, 500, 503, 504)}
-    paths["/tokenize"] = {"post": _operation("tokenize", _json("Tokenized"), "TokenizeBody", 401, 404, 503)}
-    paths["/detokenize"] = {"post": _operation("detokenize", _json("Detokenized"), "DetokenizeBody", 401, 404, 503)}
+    paths["/tokenize"] = {"post": _operation("tokenize", _json("Tokenized"), "TokenizeBody", 401, 404, 429, 503)}
+    paths["/detokenize"] = {
+        "post": _operation("detokenize", _json("Detokenized"), "DetokenizeBody", 401, 404, 429, 503)
+    }
     paths["/v1/models"] = {"get": _operation("models", _json("ModelList"), None, 401)}
     one = _operation("model", _json("Model"), None, 401, 404, 503)
     one["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
@@ -115,7 +117,7 @@ def _operation(name: str, content: Schema, body: str | None, *refusals: int) -> 
     if body:
         operation["requestBody"] = {"required": True, "content": _json(body)}
         refusals = (*refusals, *POSTED)
-    for status in sorted({400, 431, *refusals}):
+    for status in sorted({400, 417, 431, *refusals}):
         operation["responses"][str(status)] = _refusal(status)
     return operation
 

@@ -4,14 +4,18 @@ from aiohttp import web
 
 from kvferry.common.errors import (
     ArrivedTooSlowly,
+    DeadlineExceeded,
     InvalidRequest,
     KvferryError,
     MethodNotAllowed,
+    NotANumber,
     NotFound,
     TooLarge,
     outcome_of,
 )
 from kvferry.router.answers import error_body
+
+HOPELESS = (DeadlineExceeded, NotANumber)  # to try again takes as long, and gives the same
 
 
 def error_response(error: BaseException, request_id: str) -> web.Response:
@@ -20,6 +24,8 @@ def error_response(error: BaseException, request_id: str) -> web.Response:
     retry_after_s = getattr(error, "retry_after_s", None) or outcome.retry_after_s
     if retry_after_s is not None:
         headers["Retry-After"] = str(retry_after_s)
+    if isinstance(error, HOPELESS):
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients send what got a 500 again by themselves
     if outcome.http == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if allow := getattr(error, "allow", ""):
