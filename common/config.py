@@ -213,6 +213,7 @@ class RouterConfig:
     node_wait_s: float = setting("How long a request may wait for a worker to be there.", 20.0)
     request_s: float = setting("How long a request may take in all.", 600.0)
     max_concurrent: int = setting("Requests under way, at most.", 512)
+    max_bodies_bytes: int = setting("Bodies of the requests under way, at most, together.", 2**28)
     drain_s: float = setting("On SIGTERM, how long requests under way may take to finish.", 4.0)
 
     def __post_init__(self) -> None:
@@ -225,7 +226,7 @@ class RouterConfig:
                  f"the API and the admin pages cannot both be at {self.host}:{self.port}; give another --admin-port",
                  )  # fmt: skip
         require_least(self, 0, "max_local_prefill", "admission_s", "node_wait_s", "request_s", "drain_s")
-        require_least(self, 1, "max_concurrent")
+        require_least(self, 1, "max_concurrent", "max_bodies_bytes")
         _require(self.generation_config in ("auto", "vllm"),
                  f"generation_config {self.generation_config!r} is not known; use auto or vllm")  # fmt: skip
         if self.tenants_file is None and not is_loopback(self.host):

@@ -19,12 +19,21 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
+# A process that is stopped, or a peer behind a broken network, keeps its connections; only an unanswered ping tells.
+# With this every call breaks, on both sides: what a router asked for is freed, what a worker did is done elsewhere.
+KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),  # the limit that counts; a minute unless it is set
+    ("grpc.http2.max_pings_without_data", 0),
+)
 PARAM = "kvferry-param"  # in the trailing metadata of a refusal: the field at fault
 SERVER_OPTIONS = (
     *CHANNEL_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 0),  # the router pings to find out who is there
+    *KEEPALIVE,
 )
 
 

@@ -33,6 +33,11 @@ class DecodeService(WatchedService, DecodeServicer):
         super().__init__(worker)
         self._subscribers: dict[str, Subscriber] = {}
 
+    def close(self) -> None:
+        super().close()
+        for subscriber in self._subscribers.values():
+            subscriber.close()
+
     @answers_errors
     async def Subscribe(
         self, subscription: pb.Subscription, context: grpc.aio.ServicerContext
@@ -98,9 +103,10 @@ class Continuation:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cancel(self) -> None:
-        """Have `run` end early."""
+        """Have `run` end early. May be repeated: who is being cancelled cleans up undisturbed."""
         for task in self._tasks:
-            task.cancel()
+            if not task.cancelling():
+                task.cancel()
 
     async def _follow(self, commands: AsyncIterator[pb.ContinueCommand]) -> None:
         """The router relays the fill's reports; each replaces the one before. Its closing means that none will come."""
@@ -134,14 +140,13 @@ class Continuation:
             for publisher in self._publishers.values():  # a chat's next turn begins with these blocks
                 await publisher.drain()
         finally:
-            for publisher in self._publishers.values():
-                await publisher.close()
+            await asyncio.gather(*[publisher.close() for publisher in self._publishers.values()])
 
     def _take(self, event: TokenEvent) -> None:
         """What a step did: publish what it computed, send what it chose."""
         seq = event.seq
         if (publisher := self._publishers.get(seq.id)) is None:
-            first = 0 if seq is self._seq else seq.blocks_computed  # what branches share, one of them publishes
+            first = 0 if seq is self._seq else self._opening_len // seq.block_size  # what they share, one publishes
             publisher = self._transfer.background(seq, partial(self._transfer.offer, seq), first)
             self._publishers[seq.id] = publisher
         publisher.advance()

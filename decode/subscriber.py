@@ -19,7 +19,7 @@ class Subscriber:
         self._some = asyncio.Event()
         self._cancels: dict[int, Callable[[], object]] = {}
         self._flushes: list[asyncio.Future[None]] = []
-        self._closed = False
+        self._closing = self._closed = False
 
     @contextmanager
     def carries(self, stream: int, cancel: Callable[[], object]) -> Iterator[None]:
@@ -45,12 +45,17 @@ class Subscriber:
         self._some.set()
         await flush
 
+    def close(self) -> None:
+        """Let `messages` end, once all that was sent before is out."""
+        self._closing = True
+        self._some.set()
+
     async def messages(self) -> AsyncIterator[pb.StepEvents]:
-        """All that is sent, in order. When this is closed, so is every continue."""
+        """All that is sent, in order. When this ends, so does every continue."""
         flushes: list[asyncio.Future[None]] = []
         try:
             yield pb.StepEvents()
-            while True:
+            while self._waiting or not self._closing:
                 await self._some.wait()
                 self._some.clear()
                 waiting, self._waiting = self._waiting, []

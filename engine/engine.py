@@ -123,13 +123,14 @@ class Engine:
             self._admit()
 
     def end_choice(self, seq: Sequence, choice: int) -> None:
-        """Of a sequence that has forked, one choice is not wanted any more. The last one goes on: to end that, cancel
-        `generate`."""
-        going_on = [member for member in self.scheduler.members(seq.group) if not member.withdrawn]
-        for member in going_on:
-            if member.params.choice == choice and len(going_on) > 1:
-                self.scheduler.withdraw(member)
-        self._admit()
+        """Of a sequence that has forked, one choice is not wanted any more; when no other one goes on, `generate` is at
+        its end."""
+        going_on = {m.params.choice: m for m in self.scheduler.members(seq.group) if not m.withdrawn}
+        if (ended := going_on.pop(choice, None)) is not None:
+            self.scheduler.withdraw(ended)
+            if not going_on:
+                self._end(seq, None)
+            self._admit()
 
     def _admit_soon(self) -> None:
         """Blocks have become free, perhaps long after their sequence ended: somebody may be waiting for them."""

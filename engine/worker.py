@@ -27,6 +27,7 @@ from kvferry.engine.transfer import Transfer
 
 STATUS_EVERY_S = 1.0
 STATUS_AT_MOST_EVERY_S = 0.02
+FAREWELL_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,10 @@ class WatchedService:
         async for status in self._worker.watch():
             yield status
 
+    def close(self) -> None:
+        """Have the streams end that go on for as long as the node does."""
+        self._worker.end_watches()
+
 
 class Worker:
     """One process's engine, transfer and streams. The role's service calls `open_sequence` and `stream`."""
@@ -92,7 +97,7 @@ class Worker:
         self.transfer = Transfer(self.engine.pool, self.engine.memory, store, config.single_flight_wait_s)
         self._node = uuid.uuid4().hex
         self._streams = 0
-        self._draining = False
+        self._draining = self._closing = False
         self._watchers: set[asyncio.Event] = set()
         self._idle = asyncio.Event()
         self.engine.on_change(self._tell_watchers)
@@ -133,6 +138,10 @@ class Worker:
                 self._idle.set()
             self._tell_watchers()
 
+    def end_watches(self) -> None:
+        self._closing = True
+        self._tell_watchers()
+
     def _tell_watchers(self) -> None:
         for changed in self._watchers:
             changed.set()
@@ -142,7 +151,7 @@ class Worker:
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
-            while True:
+            while not self._closing:
                 changed.clear()
                 yield self.status()
                 await asyncio.sleep(STATUS_AT_MOST_EVERY_S)
@@ -209,7 +218,8 @@ class Worker:
         finally:
             stopped.cancel()
             self.engine.stop()
-            await server.stop(grace=None)  # only watch streams are left
+            service.close()
+            await server.stop(FAREWELL_S)  # a peer that reads has all that was sent to it by then
             await asyncio.gather(loop, return_exceptions=True)
 
     async def _drain(self) -> None:

@@ -12,19 +12,11 @@ from kvferry.common.block import BlockLayout
 from kvferry.common.errors import Unavailable
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import DecodeStub, PrefillStub
-from kvferry.common.wire import CHANNEL_OPTIONS, layout_from_wire
+from kvferry.common.wire import CHANNEL_OPTIONS, KEEPALIVE, layout_from_wire
 from kvferry.router.subscription import Subscription
 
 RECONNECT_S = 0.1
 SILENT_S = 5.0  # a node sends its status every second; one that is silent for so long is taken for dead
-# A process that is stopped, or a peer behind a broken network, keeps its connections; only an unanswered ping tells.
-# With this every call to it breaks, and what it did is done elsewhere.
-KEEPALIVE = (
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 3000),
-    ("grpc.http2.ping_timeout_ms", 3000),  # the limit that counts; a minute unless it is set
-    ("grpc.http2.max_pings_without_data", 0),
-)
 OPTIONS = (
     *CHANNEL_OPTIONS,
     *KEEPALIVE,
@@ -143,7 +135,10 @@ class Nodes:
 
     async def _subscribe(self, node: Node) -> None:
         while True:
-            await node.subscription.run(node.stub, self.tell)
+            try:
+                await node.subscription.run(node.stub, self.tell)
+            except Exception:  # a node that nobody listens to would be lost
+                log.exception("listening to %s failed", node.address)
             node.subscription = Subscription()
             await self.tell()
             await asyncio.sleep(RECONNECT_S)

@@ -45,8 +45,7 @@ class Subscription:
                     self.open = True
                     await opened()
                 for event in message.events:
-                    if (taker := self._takers.get(event.stream)) is not None:
-                        taker(event)
+                    self._deliver(event)
         except grpc.aio.AioRpcError as error:
             log.debug("a subscription ended: %s", error.details())
         finally:
@@ -54,3 +53,13 @@ class Subscription:
             for taker in list(self._takers.values()):
                 taker(None)
             call.cancel()
+
+    def _deliver(self, event: pb.ContinueEvent) -> None:
+        if (taker := self._takers.get(event.stream)) is None:
+            return
+        try:
+            taker(event)
+        except Exception:  # the others' events go on
+            log.exception("an event of a decode node cannot be read")
+            self.remove(event.stream)
+            taker(None)

@@ -1,12 +1,17 @@
 """What a router's continues give, on its way: together, in order, bounded, and told of when nobody listens."""
 
 import asyncio
+import signal
+import sys
 from contextlib import aclosing
 
+import grpc
 import pytest
 
 from kvferry.common.errors import InvalidRequest
 from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.proto.worker_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
+from kvferry.common.wire import SERVER_OPTIONS
 from kvferry.decode import subscriber as module
 from kvferry.decode.subscriber import Subscriber
 
@@ -99,5 +104,76 @@ def test_continues_end_when_nobody_listens():
             async with asyncio.timeout(10):
                 await waiting
                 await subscriber.flushed()
+
+    asyncio.run(main())
+
+
+def test_closing_ends_it_behind_all_that_was_sent():
+    async def main():
+        subscriber = Subscriber()
+        subscriber.send(token(1, 1))
+        subscriber.close()
+        async with asyncio.timeout(10):
+            assert [seen(message) async for message in subscriber.messages()] == [[], [(1, 1)]]
+        idle = Subscriber()
+        messages = idle.messages()
+        await anext(messages)
+        following = asyncio.create_task(anext(messages, None))
+        await asyncio.sleep(0)
+        idle.close()
+        async with asyncio.timeout(10):
+            assert await following is None
+
+    asyncio.run(main())
+
+
+LISTENER = """
+import asyncio, sys, grpc
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.proto.worker_pb2_grpc import DecodeStub
+
+async def main():
+    async with grpc.aio.insecure_channel(sys.argv[1]) as channel:
+        async for _ in DecodeStub(channel).Subscribe(pb.Subscription(subscriber="s")):
+            print("listens", flush=True)
+
+asyncio.run(main())
+"""
+
+
+class Listened(DecodeServicer):
+    def __init__(self):
+        self.subscriber = Subscriber()
+
+    async def Subscribe(self, subscription, context):
+        async with aclosing(self.subscriber.messages()) as messages:
+            async for message in messages:
+                yield message
+
+
+def test_a_router_that_stands_still_is_let_go(tmp_path):
+    """Its connection is there, and nothing is read: its continues must not hold their blocks for ever."""
+
+    async def main():
+        service, server = Listened(), grpc.aio.server(options=SERVER_OPTIONS)
+        add_DecodeServicer_to_server(service, server)
+        address = f"unix:{tmp_path}/decode"
+        server.add_insecure_port(address)
+        await server.start()
+        listener = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", LISTENER, address, stdout=asyncio.subprocess.PIPE
+        )
+        cancelled = asyncio.Event()
+        try:
+            async with asyncio.timeout(60):
+                assert await listener.stdout.readline() == b"listens\n"
+                with service.subscriber.carries(1, cancelled.set):
+                    listener.send_signal(signal.SIGSTOP)
+                    await cancelled.wait()
+        finally:
+            listener.kill()
+            await listener.wait()
+            await server.stop(0)
+            del server  # while its loop runs
 
     asyncio.run(main())

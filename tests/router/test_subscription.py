@@ -83,8 +83,11 @@ def test_each_gets_its_own_until_the_stream_ends(tmp_path):
 
 def test_a_node_that_dies_ends_it(tmp_path):
     async def main():
-        channel = grpc.aio.insecure_channel(f"unix:{tmp_path}/decode")
-        async with scripted(tmp_path) as (service, _), channel:
+        service, server = Scripted(), grpc.aio.server()
+        add_DecodeServicer_to_server(service, server)
+        server.add_insecure_port(f"unix:{tmp_path}/decode")
+        await server.start()
+        async with asyncio.timeout(30), grpc.aio.insecure_channel(f"unix:{tmp_path}/decode") as channel:
             subscription, opened, told = Subscription(), asyncio.Event(), []
 
             async def tell() -> None:
@@ -94,9 +97,46 @@ def test_a_node_that_dies_ends_it(tmp_path):
             running = asyncio.create_task(subscription.run(DecodeStub(channel), tell))
             service.script.put_nowait(pb.StepEvents())
             await opened.wait()
-            await channel.close()
-            await asyncio.gather(running, return_exceptions=True)
+            await server.stop(None)
+            await running
             assert told == [None]
             assert not subscription.open
+        del server  # while its loop runs
 
     asyncio.run(main())
+
+
+def test_an_event_that_cannot_be_read_ends_its_own_continue_only(tmp_path, caplog):
+    async def main():
+        async with scripted(tmp_path) as (service, stub):
+            subscription, opened, all_heard = Subscription(), asyncio.Event(), asyncio.Event()
+            bad: list[pb.ContinueEvent | None] = []
+            good: list[int] = []
+
+            def cannot(event: pb.ContinueEvent | None) -> None:
+                bad.append(event)
+                if event is not None:
+                    raise ValueError("of different lengths")
+
+            def can(event: pb.ContinueEvent | None) -> None:
+                if event is not None:
+                    good.append(event.tokens.token_ids[0])
+                if good == [1, 2]:
+                    all_heard.set()
+
+            async def tell() -> None:
+                opened.set()
+
+            one, other = subscription.add(cannot), subscription.add(can)
+            running = asyncio.create_task(subscription.run(stub, tell))
+            service.script.put_nowait(pb.StepEvents())
+            service.script.put_nowait(events((one, 9), (other, 1), (one, 9)))
+            service.script.put_nowait(events((other, 2)))
+            await all_heard.wait()
+            assert subscription.open
+            assert [event is None for event in bad] == [False, True]
+            service.script.put_nowait(None)
+            await running
+
+    asyncio.run(main())
+    assert "an event of a decode node cannot be read" in caplog.text
