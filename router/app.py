@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from typing import TypeVar
 
 from aiohttp import web
 
@@ -16,6 +19,7 @@ from kvferry.router.accounting import Metrics
 from kvferry.router.admin import admin_app
 from kvferry.router.answers import Model, encoded, models_list
 from kvferry.router.flow import Flow
+from kvferry.router.gate import Gate, Place
 from kvferry.router.generate import Generator
 from kvferry.router.guard import guard, read_body
 from kvferry.router.limits import Limits
@@ -30,12 +34,16 @@ from kvferry.router.tenants import LiveTenants, Tenant, Tenants
 from kvferry.router.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize
 
 READY_LOOK_S = 30.0
+INLINE_BYTES = 2**16  # parsed in some 10 ms at most
+THREADS = 2  # for what would hold the event loop; each more would take Python's lock from it more often
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 
 async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: asyncio.Event) -> None:
     """Run the router until `stop` is set. Raises KvferryError with one sentence when it cannot start."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
     tenants = LiveTenants(config.tenants_file)
     store = StoreClient(config.store, 0, 0, "router")
     nodes, metrics, clock = Nodes(config.prefill, config.decode), Metrics(), MonotonicClock()
@@ -93,7 +101,7 @@ class Front:
         self._config, self._limits, self._models, self._tenants = config, limits, models, tenants
         self._nodes, self._flow, self._metrics = nodes, flow, metrics
         clock = MonotonicClock()
-        self._quotas = Quotas(clock)
+        self._quotas, self._gate = Quotas(clock), Gate(config.max_concurrent, config.max_bodies_bytes)
         self.generator = Generator(config, limits, models, flow, metrics, clock)
 
     def take_tenants(self, tenants: Tenants) -> None:
@@ -142,19 +150,18 @@ class Front:
         raise Unavailable(f"no decode node is ready for {name}; try again later")
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
-        with self._admit(request)[1]:
-            asked = parse_tokenize(await read_body(request, self._limits), self._limits)
+        with self._admit(request)[1] as grant, self._gate.enter() as place:
+            asked = await self._parsed(request, place, parse_tokenize)
             model = await self._ready_model(asked.model)
-            told = await tokenize(
-                asked, self._models.side_of(model.tokenizer).tokenizer, model.max_model_len, self._limits
-            )
+            tokenizer = self._models.side_of(model.tokenizer).tokenizer
+            told = await tokenize(asked, tokenizer, model.max_model_len, self._limits, grant)
             return await self._send(request, told)
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
-        with self._admit(request)[1]:
-            asked = parse_detokenize(await read_body(request, self._limits), self._limits)
+        with self._admit(request)[1], self._gate.enter() as place:
+            asked = await self._parsed(request, place, parse_detokenize)
             model = await self._ready_model(asked.model)
-            told = detokenize(asked, self._models.side_of(model.tokenizer).tokenizer, model.vocab_size)
+            told = await detokenize(asked, self._models.side_of(model.tokenizer).tokenizer, model.vocab_size)
             return await self._send(request, told)
 
     async def _openapi(self, request: web.Request) -> web.StreamResponse:
@@ -180,9 +187,16 @@ class Front:
 
     async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
         tenant, grant = self._admit(request)
-        with grant:
-            body = await read_body(request, self._limits)
-            return await self.generator.answer(request, parse_request(kind, body, self._limits), tenant, grant)
+        with grant, self._gate.enter() as place:
+            asked = await self._parsed(request, place, partial(parse_request, kind))
+            return await self.generator.answer(request, asked, tenant, grant)
+
+    async def _parsed(self, request: web.Request, place: Place, parse: Callable[[bytearray, Limits], T]) -> T:
+        """What a body asks for; a large one is parsed in a thread."""
+        body = await read_body(request, self._limits, place)
+        if len(body) <= INLINE_BYTES:
+            return parse(body, self._limits)
+        return await asyncio.to_thread(parse, body, self._limits)
 
 
 async def tell_quota(request: web.Request, response: web.StreamResponse) -> None:

@@ -21,7 +21,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._knows_developer = "developer" in str(tokenizer.chat_template)
         # What transformers or every template has a meaning for; a client's `chat_template` would run on this server.
-        self._taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._taken = {*parameters, *tokenizer.special_tokens_map, "messages"}
 
     @property
     def exists(self) -> bool:

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from kvferry.common.clock import Clock
 from kvferry.common.config import RouterConfig
-from kvferry.common.errors import KvferryError, Overloaded, outcome_of
+from kvferry.common.errors import KvferryError, outcome_of
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.answers import Answer, error_body, usage_of_all
 from kvferry.router.choices import Part, Telling, joined, tellings
@@ -28,6 +28,8 @@ from kvferry.router.quota import Grant, blocks_for
 from kvferry.router.sse import EventStream, send_json
 from kvferry.router.tenants import Tenant
 from kvferry.router.text import Tokenizer
+
+INLINE_TOLD = 1000  # log probabilities, shaped in some 8 ms; more of them are in a thread
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +65,6 @@ class Generator:
         self, request: web.Request, asked: GenerationRequest, tenant: Tenant, grant: Grant
     ) -> web.StreamResponse:
         """Raises KvferryError as long as nothing was sent, ConnectionResetError when the client is not there."""
-        if self._open >= self._config.max_concurrent:
-            raise Overloaded(f"{self._open} requests are being served already; try again later")
         request["counted"] = True
         self._open += 1
         self._metrics.open_requests.set(self._open)
@@ -138,10 +138,15 @@ class Generator:
         answer = self._answer(request, asked, told)
         async with aclosing(self._parts(asked, told, grant)) as arriving:
             parts = joined([part async for part in arriving], len(told) * asked.n)
-        prompts = None
-        if (top := asked.prompt_logprobs) is not None:
-            prompts = [prompt_logprobs(one.job.token_ids, one.prompt_logprobs, top, one.tokenizer) for one in told]
-        body = answer.whole(parts, usage_of_all([one.record for one in told]), prompts)
+        usage, top = usage_of_all([one.record for one in told]), asked.prompt_logprobs
+
+        def shaped() -> bytes:
+            prompts = None
+            if top is not None:
+                prompts = [prompt_logprobs(one.job.token_ids, one.prompt_logprobs, top, one.tokenizer) for one in told]
+            return answer.whole(parts, usage, prompts)
+
+        body = shaped() if asked.logprobs is None and top is None else await asyncio.to_thread(shaped)
         return await send_json(request, body, self._limits.write_s, {"X-Request-Id": request["id"]})
 
     async def _stream(
@@ -152,7 +157,8 @@ class Generator:
         try:
             async with aclosing(self._parts(asked, told, grant)) as parts:
                 async for part in parts:
-                    for chunk in answer.chunks(part):
+                    much = len(part.told) * (1 + (asked.logprobs or 0)) > INLINE_TOLD
+                    for chunk in await asyncio.to_thread(answer.chunks, part) if much else answer.chunks(part):
                         await events.data(chunk)
             if asked.include_usage:
                 await events.data(answer.usage_chunk(usage_of_all([one.record for one in told])))

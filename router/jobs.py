@@ -8,8 +8,9 @@ from kvferry.common.sampling import SamplingParams
 from kvferry.router.flow import Job
 from kvferry.router.limits import Limits
 from kvferry.router.nodes import ServedModel
-from kvferry.router.openai import GenerationRequest, check_prompt_tokens
+from kvferry.router.openai import GenerationRequest
 from kvferry.router.text import Tokenizer, check_token_ids
+from kvferry.router.values import check_prompt_tokens
 
 
 async def jobs_of(
@@ -24,19 +25,19 @@ async def jobs_of(
     """One job a prompt, each of all its choices. `pool`: how many tokens the largest page pool holds. Raises
     InvalidRequest."""
     bad_words = await tokenizer.bad_words(asked.bad_words)
+    prompts = await tokenizer.encode(asked.prompts, asked.special_tokens, limits)
     jobs = []
-    total, field = 0, "prompt" if asked.kind == "completion" else "messages"
-    for number, prompt in enumerate(asked.prompts):
-        tokens = await tokenizer.encode(prompt, asked.special_tokens)
+    check_prompt_tokens(sum(map(len, prompts)), "prompt" if asked.kind == "completion" else "messages", limits)
+    for number, tokens in enumerate(prompts):
         check_token_ids(tokens, model.vocab_size)
-        total += len(tokens)
-        check_prompt_tokens(total, field, limits)
         params = _params(asked, _max_tokens(asked, len(tokens), model, pool), bad_words)
-        own_id = request_id if len(asked.prompts) == 1 else f"{request_id}-{number}"
+        own_id = request_id if len(prompts) == 1 else f"{request_id}-{number}"
         jobs.append(
             Job(own_id, model, keys, asked.cache_salt, tokens, params, asked.priority, timeout_s=asked.timeout_s)
         )
-    _check_told(asked, sum(len(job.token_ids) for job in jobs), limits)
+    _check_told(asked, sum(map(len, prompts)), limits)
+    if not asked.stream:
+        _check_generated(asked, sum(job.params.max_tokens for job in jobs), limits)
     return jobs
 
 
@@ -48,6 +49,18 @@ def _check_told(asked: GenerationRequest, prompt_tokens: int, limits: Limits) ->
         raise InvalidRequest(
             f"{field} asks for {1 + top} log probabilities of each of {prompt_tokens} prompt tokens, in {asked.n} "
             f"answers; this server tells up to {limits.told} of prompts, so ask for fewer of them",
+            field,
+        )
+
+
+def _check_generated(asked: GenerationRequest, max_tokens: int, limits: Limits) -> None:
+    """Raise InvalidRequest if more may be told of all generated tokens than an answer that is one piece may have."""
+    if asked.logprobs is not None and max_tokens * (1 + asked.logprobs) * asked.n > limits.told:
+        field = "logprobs" if asked.kind == "completion" else "top_logprobs"
+        raise InvalidRequest(
+            f"{field} asks for {1 + asked.logprobs} log probabilities of each of up to {max_tokens} generated tokens, "
+            f"in {asked.n} answers; this server tells up to {limits.told} in an answer that is not streamed, so ask "
+            "for fewer of them, lower max_tokens, or send stream: true",
             field,
         )
 

@@ -25,8 +25,13 @@ class Limits:
     body_s: float = _limit(60.0, "How long the body of a request may take to arrive.")
     write_s: float = _limit(30.0, "How long a client may read nothing while there is something to read.")
     json_depth: int = _limit(32, "How deep objects and lists of a body may be nested.")
+    json_values: int = _limit(2**16, "Strings, lists and objects of a body; numbers: prompt_tokens more.")
+    messages: int = _limit(4096, "Messages of a chat.")
+    parts: int = _limit(4096, "Text parts of a chat's messages.")
     prompts: int = _limit(128, "Prompts of a batch.")
-    prompt_chars: int = _limit(2**20, "Characters of all prompts of a request that are text.")
+    prompt_chars: int = _limit(
+        2**20, "Characters of all text prompts of a request; a chat's once more as its template has it."
+    )
     prompt_tokens: int = _limit(2**20, "Tokens of all prompts of a request.")
     n: int = _limit(64, "Answers to a prompt; a worker's --max-num-seqs bounds them too.")
     choices: int = _limit(256, "Answers of a request: prompts times n.")
@@ -38,7 +43,7 @@ class Limits:
     bad_word_chars: int = _limit(256, "Characters of such a word.")
     logit_bias: int = _limit(1024, "Tokens of a request that have a bias.")
     logprobs: int = _limit(20, "Likeliest tokens that are told beside each token.")
-    told: int = _limit(2**18, "Log probabilities told of all prompts of a request; they are shaped while others wait.")
+    told: int = _limit(2**18, "Log probabilities of all prompts; and, where it is not streamed, of an answer.")
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import msgspec
+
 from kvferry.common.errors import InvalidRequest
 from kvferry.router import values
 from kvferry.router.bodies import (
@@ -51,6 +53,13 @@ class Conversation:
     continues: bool = False
     template_fields: Mapping[str, Any] = field(default_factory=dict)
 
+
+    @property
+    def chars(self) -> int:
+        """Characters of all that the client wrote; of its own variables, those of their JSON, roughly."""
+        told = [text or "" for turn in self.messages for text in (turn.content, turn.name, turn.tool_call_id)]
+        own = len(msgspec.json.encode(self.template_fields)) if self.template_fields else 0
+        return sum(map(len, told)) + own
 
 Prompt = str | tuple[int, ...] | Conversation
 
@@ -105,21 +114,21 @@ class GenerationRequest:
         return replace(self, **{name: getattr(defaults, name) for name in self.left_open}, left_open=frozenset())
 
 
-def parse_request(kind: Kind, body: bytes, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
+def parse_request(kind: Kind, body: bytes | bytearray, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
     """The request in a body. Raises InvalidRequest, and nothing else whatever the bytes."""
-    raw = parse_json(body, limits.json_depth)
+    raw = parse_json(body, limits)
     own: dict[str, Any]
     if kind == "completion":
-        asked = convert(raw, CompletionBody, NEUTRAL_COMPLETION)
+        asked = convert(raw, CompletionBody, NEUTRAL_COMPLETION, limits)
         own = {
-            "prompts": values.prompts(asked.prompt),
+            "prompts": values.prompts(asked.prompt, limits),
             "special_tokens": asked.add_special_tokens is not False,
             "max_tokens": COMPLETION_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens,
             "logprobs": None if asked.logprobs is False else values.logprobs("logprobs", asked.logprobs, limits),
             "echo": bool(asked.echo),
         }
     else:
-        asked = convert(raw, ChatBody, NEUTRAL_CHAT)
+        asked = convert(raw, ChatBody, NEUTRAL_CHAT, limits)
         own = {
             "prompts": (conversation(asked),),
             "special_tokens": bool(asked.add_special_tokens),
@@ -178,9 +187,6 @@ def _check(request: GenerationRequest, limits: Limits) -> None:
     n, prompts, max_tokens = request.n, len(request.prompts), request.max_tokens
     if n > limits.n:
         raise InvalidRequest(f"n is {n}; this server gives at most {limits.n} answers to a prompt", "n")
-    if prompts > limits.prompts:
-        raise InvalidRequest(f"prompt is a batch of {prompts}; this server takes at most {limits.prompts} in a "
-                             "request", "prompt")  # fmt: skip
     if n * prompts > limits.choices:
         raise InvalidRequest(f"n is {n} for each of {prompts} prompts; this server gives at most {limits.choices} "
                              "answers a request", "n")  # fmt: skip
@@ -193,27 +199,17 @@ def _check(request: GenerationRequest, limits: Limits) -> None:
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("prompt_logprobs is only told in an answer that is not streamed; leave it or stream out",
                              "prompt_logprobs")  # fmt: skip
-    check_prompt_tokens(sum(len(prompt) for prompt in request.prompts if isinstance(prompt, tuple)), "prompt", limits)
     check_prompt_chars(request.prompts, "prompt" if request.kind == "completion" else "messages", limits)
 
 
 def check_prompt_chars(prompts: Sequence[Prompt], field: str, limits: Limits) -> None:
     """Raise InvalidRequest for more text than a request may have: to tokenise it keeps others waiting."""
-    conversations = [prompt for prompt in prompts if isinstance(prompt, Conversation)]
-    count = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-    count += sum(len(message.content) for one in conversations for message in one.messages)
+    count = sum(prompt.chars if isinstance(prompt, Conversation) else len(prompt) for prompt in prompts
+                if not isinstance(prompt, tuple))  # fmt: skip
     if count > limits.prompt_chars:
         raise InvalidRequest(
             f"{field} has {count} characters in all; this server takes at most {limits.prompt_chars} in a request",
             field,
-        )
-
-
-def check_prompt_tokens(count: int, field: str, limits: Limits) -> None:
-    """Raise InvalidRequest for more tokens than a request may have."""
-    if count > limits.prompt_tokens:
-        raise InvalidRequest(
-            f"{field} has {count} tokens in all; this server takes at most {limits.prompt_tokens} in a request", field
         )
 
 
@@ -257,7 +253,7 @@ def _turn(message: MessageBody, path: str) -> Message:
     return Message(message.role, text, message.name, message.tool_call_id)
 
 
-def convert(raw: dict[str, Any], body: type[Body], neutral: Mapping[str, tuple[Any, ...]]) -> Body:
+def convert(raw: dict[str, Any], body: type[Body], neutral: Mapping[str, tuple[Any, ...]], limits: Limits) -> Body:
     """A body's fields, those inside of messages and options too. Raises InvalidRequest."""
     fields = without_neutral(raw, body, neutral)
     if isinstance(options := fields.get("stream_options"), dict):
@@ -275,4 +271,16 @@ def _message(message: Any, path: str) -> Any:
         for i, part in enumerate(content):
             if isinstance(part, dict):
                 without_neutral(part, TextPart, {}, f"{path}content[{i}].", lenient=part.get("type") != "text")
+        _check_messages(messages, limits)
     return fields
+def _check_messages(messages: list[Any], limits: Limits) -> None:
+    """Raise InvalidRequest for too many, before each of them is looked at."""
+    if len(messages) > limits.messages:
+        raise InvalidRequest(f"messages has {len(messages)} messages; this server takes at most {limits.messages}",
+                             "messages")  # fmt: skip
+    contents = [one.get("content") for one in messages if isinstance(one, dict)]
+    if (parts := sum(len(one) for one in contents if isinstance(one, list))) > limits.parts:
+        raise InvalidRequest(f"messages has {parts} text parts in all; this server takes at most {limits.parts}",
+                             "messages")  # fmt: skip
+
+

@@ -7,20 +7,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kvferry.common.errors import ConfigError, InvalidRequest
 from kvferry.router.chat import ChatTemplate
 from kvferry.router.detokenize import Detokenizer, StopScanner
+from kvferry.router.limits import DEFAULT_LIMITS, Limits
 from kvferry.router.openai import Conversation, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TURN_CHARS = 32  # what a template adds to a message, roughly
-INLINE_CHARS = 4096  # about 1 ms of tokenising; more goes to the thread
+INLINE_CHARS = 4096  # about 1 ms of tokenising; more goes to a thread
+SHORT_CHARS = 2**16  # about 0.1 s; more goes to the other thread
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # how tokenizers with byte fallback write one
 REPLACEMENT = "\ufffd"
+T = TypeVar("T")
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
@@ -58,6 +61,15 @@ def decoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]:
     return partial(tokenizer.decode, clean_up_tokenization_spaces=False)
 
 
+def length_of(prompt: Prompt) -> int:
+    """How much work it is to tokenise, as characters. What a client's own variables make a template do is not known; it
+    is more than what is done at once."""
+    if isinstance(prompt, Conversation):
+        unknown = INLINE_CHARS if prompt.template_fields else 0
+        return prompt.chars + TURN_CHARS * len(prompt.messages) + unknown
+    return len(prompt) if isinstance(prompt, str) else 0
+
+
 class _Nothing(dict[str, str]):
     """A dict that keeps nothing."""
 
@@ -89,13 +101,14 @@ def token_name(data: bytes) -> str:
 
 
 class Tokenizer:
-    """One model's tokenizer. Encoding runs in one thread when it is long, so the event loop stays free."""
+    """One model's tokenizer. What is long runs in a thread, so the event loop stays free; what is very long in another
+    one, so that it keeps nobody waiting but its like. The tokenizers library works without Python's lock."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         remember_nothing(tokenizer)
         self._tokenizer = tokenizer
         self._decode_shown = decoder(tokenizer)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._short, self._long = (ThreadPoolExecutor(1, f"tokenize-{name}") for name in ("short", "long"))
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._special = frozenset(special | set(tokenizer.all_special_ids))
         self._known = len(tokenizer)  # the model's embedding may have more rows; those ids have no text
@@ -107,29 +120,47 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat.exists
 
-    async def encode(self, prompt: Prompt, special_tokens: bool | None = None) -> list[int]:
-        """The token ids of any kind of prompt. `special_tokens`: whether the tokenizer adds those that it has for a
-        text; unless told otherwise a text gets them, and a conversation has those of its template. Raises
+    async def encode(
+        self, prompts: Sequence[Prompt], special_tokens: bool | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> list[list[int]]:
+        """The token ids of each of a request's prompts. `special_tokens`: whether the tokenizer adds those that it has
+        for a text; unless told otherwise a text gets them, and a conversation has those of its template. Raises
         InvalidRequest."""
+        return await self.aside(
+            sum(map(length_of, prompts)),
+            lambda: [self.encode_now(prompt, special_tokens, limits) for prompt in prompts],
+        )
+
+    async def aside(self, chars: int, work: Callable[[], T]) -> T:
+        """Work on so many characters, or tokens, here or in a thread."""
+        if chars <= INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._short if chars <= SHORT_CHARS else self._long, work
+        )
+
+    def encode_now(
+        self, prompt: Prompt, special_tokens: bool | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> list[int]:
+        """As `encode`, of one prompt and in the calling thread."""
         if isinstance(prompt, tuple):
             return list(prompt)
-        length = len(prompt) if isinstance(prompt, str) else sum(TURN_CHARS + len(t.content) for t in prompt.messages)
-        if length <= INLINE_CHARS:
-            return self.encode_now(prompt, special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode_now, prompt, special_tokens)
-
-    def encode_now(self, prompt: str | Conversation, special_tokens: bool | None = None) -> list[int]:
-        """As `encode`, in the calling thread."""
+        text = prompt
+        if isinstance(prompt, Conversation):
+            text = self._chat.render(prompt)
+            if len(text) > limits.prompt_chars:
+                raise InvalidRequest(
+                    f"messages have {len(text)} characters as the model's chat template writes them; this server takes "
+                    f"at most {limits.prompt_chars} in a request",
+                    "messages",
+                )
         added = isinstance(prompt, str) if special_tokens is None else special_tokens
-        text = prompt if isinstance(prompt, str) else self._chat.render(prompt)
         return self._tokenizer.encode(text, add_special_tokens=added)
 
     async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The token sequences of words that are never to be said: as a text begins with them, and after a space.
         Raises InvalidRequest for a word that has no tokens."""
-        if 2 * sum(TURN_CHARS + len(word) for word in words) <= INLINE_CHARS:
-            return self._bad_words(words)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._bad_words, words)
+        return await self.aside(2 * sum(TURN_CHARS + len(word) for word in words), lambda: self._bad_words(words))
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         found: list[tuple[int, ...]] = []
@@ -200,7 +231,8 @@ class Tokenizer:
         return data.startswith(b" ") and not self.decode([token_id]).startswith(" ")
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._short, self._long):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _has_text(self, token: int) -> bool:
         return token < self._known

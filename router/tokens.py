@@ -8,9 +8,10 @@ from kvferry.common.errors import InvalidRequest
 from kvferry.router.bodies import NEUTRAL_TOKENIZE, DetokenizeBody, TokenizeBody
 from kvferry.router.fields import parse_json
 from kvferry.router.limits import Limits
-from kvferry.router.openai import check_prompt_chars, check_prompt_tokens, conversation, convert
+from kvferry.router.openai import check_prompt_chars, conversation, convert
+from kvferry.router.quota import Grant
 from kvferry.router.text import Tokenizer, check_token_ids
-from kvferry.router.values import token_ids
+from kvferry.router.values import check_prompt_tokens, token_ids
 
 OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
@@ -26,9 +27,9 @@ class Detokenized(msgspec.Struct, frozen=True):
     prompt: str
 
 
-def parse_tokenize(body: bytes, limits: Limits) -> TokenizeBody:
+def parse_tokenize(body: bytes | bytearray, limits: Limits) -> TokenizeBody:
     """Raises InvalidRequest."""
-    asked = convert(parse_json(body, limits.json_depth), TokenizeBody, NEUTRAL_TOKENIZE)
+    asked = convert(parse_json(body, limits), TokenizeBody, NEUTRAL_TOKENIZE, limits)
     if (asked.prompt is None) == (asked.messages is None):
         fault = "is missing, and so is messages" if asked.prompt is None else "and messages are both there"
         raise InvalidRequest(f"prompt {fault}; send one of them", "prompt")
@@ -39,27 +40,32 @@ def parse_tokenize(body: bytes, limits: Limits) -> TokenizeBody:
     return asked
 
 
-def parse_detokenize(body: bytes, limits: Limits) -> DetokenizeBody:
+def parse_detokenize(body: bytes | bytearray, limits: Limits) -> DetokenizeBody:
     """Raises InvalidRequest."""
-    asked = convert(parse_json(body, limits.json_depth), DetokenizeBody, {})
+    asked = convert(parse_json(body, limits), DetokenizeBody, {}, limits)
+    check_prompt_tokens(len(asked.tokens), "tokens", limits)
     if asked.tokens:
         token_ids(asked.tokens, "tokens", "a list of token ids")
-    check_prompt_tokens(len(asked.tokens), "tokens", limits)
     return asked
 
 
-async def tokenize(asked: TokenizeBody, tokenizer: Tokenizer, max_model_len: int, limits: Limits) -> Tokenized:
-    """Raises InvalidRequest."""
+async def tokenize(
+    asked: TokenizeBody, tokenizer: Tokenizer, max_model_len: int, limits: Limits, grant: Grant
+) -> Tokenized:
+    """Raises InvalidRequest, and RateLimited: its tokens count as those of any prompt."""
     prompt: Any = asked.prompt if asked.messages is None else conversation(asked)
     check_prompt_chars([prompt], "prompt" if asked.messages is None else "messages", limits)
-    tokens = await tokenizer.encode(prompt, asked.add_special_tokens)
+    (tokens,) = await tokenizer.encode([prompt], asked.add_special_tokens, limits)
     check_prompt_tokens(len(tokens), "prompt" if asked.messages is None else "messages", limits)
-    names = tokenizer.names(tokens) if asked.return_token_strs else None
+    grant.take_prompts([len(tokens)], 0)
+    names = None
+    if asked.return_token_strs:
+        names = await tokenizer.aside(len(tokens), lambda: tokenizer.names(tokens))
     return Tokenized(len(tokens), max_model_len, tokens, names)
 
 
-def detokenize(asked: DetokenizeBody, tokenizer: Tokenizer, vocab_size: int) -> Detokenized:
+async def detokenize(asked: DetokenizeBody, tokenizer: Tokenizer, vocab_size: int) -> Detokenized:
     """The text, special tokens too. Raises InvalidRequest."""
     if asked.tokens:
         check_token_ids(asked.tokens, vocab_size, "tokens")
-    return Detokenized(tokenizer.decode_all(asked.tokens))
+    return Detokenized(await tokenizer.aside(len(asked.tokens), lambda: tokenizer.decode_all(asked.tokens)))

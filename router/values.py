@@ -17,6 +17,7 @@ from kvferry.common.errors import InvalidRequest
 from kvferry.router.limits import Limits
 
 MAX_SALT_CHARS = 256
+TEXT = {"type": "string"}
 TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 MAX_TOKEN_ID = 2**32 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -67,7 +68,11 @@ def rules(limits: Limits) -> dict[str, Rule]:
     batches = [{"type": "array", "items": one, "minItems": 1, "maxItems": limits.prompts}
                for one in ({"type": "string"}, tokens)]  # fmt: skip
     return {
+    turns, parts = ({"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}, "maxItems": most}
+                    for name, most in (("MessageBody", limits.messages), ("TextPart", limits.parts)))  # fmt: skip
         "prompt": Rule(PROMPTS, {"anyOf": [{"type": "string"}, tokens, *batches]}),
+        "messages": Rule(f"a list of 1 to {limits.messages} messages", turns | {"minItems": 1}),
+        "content": Rule(f"a string or a list of up to {limits.parts} text parts", {"anyOf": [TEXT, parts]}),
         "tokens": Rule("a list of token ids", {"type": "array", "items": token, "maxItems": limits.prompt_tokens}),
         "n": Rule(f"a whole number from 1 to {limits.n}", {"type": "integer", "minimum": 1, "maximum": limits.n}),
         "stop": Rule(
@@ -97,13 +102,19 @@ def rules(limits: Limits) -> dict[str, Rule]:
     }
 
 
-def prompts(value: str | list[Any]) -> tuple[str | tuple[int, ...], ...]:
-    """One prompt or a batch. Token ids are not yet checked against the vocabulary."""
+def prompts(value: str | list[Any], limits: Limits) -> tuple[str | tuple[int, ...], ...]:
+    """One prompt or a batch. Token ids are not yet checked against the vocabulary. How many there are is looked at
+    before what they are."""
     if isinstance(value, str):
         return (value,)
     if not value:
         raise InvalidRequest("prompt must have at least one token id, or one prompt", "prompt")
     if all(isinstance(item, str) for item in value):
+    if isinstance(value[0], str | list) and len(value) > limits.prompts:
+        raise InvalidRequest(f"prompt is a batch of {len(value)}; this server takes at most {limits.prompts} in a "
+                             "request", "prompt")  # fmt: skip
+    count = sum(len(item) if isinstance(item, list) else not isinstance(item, str) for item in value)
+    check_prompt_tokens(count, "prompt", limits)
         return tuple(value)
     if all(isinstance(item, list) for item in value):
         return tuple(token_ids(item, "prompt", PROMPTS) for item in value)
@@ -121,6 +132,14 @@ def token_ids(value: list[Any], name: str, expected: str) -> tuple[int, ...]:
 
 
 def logprobs(name: str, value: Any, limits: Limits) -> int | None:
+def check_prompt_tokens(count: int, field: str, limits: Limits) -> None:
+    """Raise InvalidRequest for more tokens than a request may have."""
+    if count > limits.prompt_tokens:
+        raise InvalidRequest(
+            f"{field} has {count} tokens in all; this server takes at most {limits.prompt_tokens} in a request", field
+        )
+
+
     """How many of the likeliest tokens to tell."""
     if value is None:
         return None

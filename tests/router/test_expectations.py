@@ -10,6 +10,7 @@ from aiohttp import web
 
 from kvferry.common.errors import DeadlineExceeded, Internal, NotANumber, Unauthenticated
 from kvferry.router.accounting import Metrics
+from kvferry.router.gate import Gate
 from kvferry.router.guard import guard, read_body
 from kvferry.router.limits import Limits
 from kvferry.router.listener import listen
@@ -21,7 +22,8 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 async def echo(request: web.Request) -> web.Response:
     if "Authorization" not in request.headers:
         raise Unauthenticated("no API key")
-    return web.Response(body=await read_body(request, Limits(body_bytes=9)))
+    with Gate(1, 9).enter() as place:
+        return web.Response(body=await read_body(request, Limits(body_bytes=9), place))
 
 
 def answers(head: str, version: str = "1.1", path: str = "/echo", length: int = 4) -> tuple[bytes, bytes]:

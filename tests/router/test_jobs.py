@@ -85,4 +85,19 @@ def test_how_much_is_told_of_prompts():
     assert error.param == "prompt_logprobs"
     assert "4 log probabilities of each of 15 prompt tokens, in 2 answers" in str(error)
     assert refused(echo=True, logprobs=3, told=119, **prompts).param == "logprobs"
-    assert len(jobs(logprobs=3, told=0, **prompts)) == 2, "nothing is told of the prompts"
+    assert len(jobs(logprobs=3, told=256, **prompts)) == 2, "nothing is told of the prompts"
+
+
+def test_how_much_is_told_of_an_answer():
+    """Of each token that may be generated, in all answers; a stream tells it bit by bit."""
+    asked = {"prompt": [[97] * 10, [97] * 5], "n": 2, "logprobs": 3, "max_tokens": 7}
+    for told in (112, 113):
+        assert len(jobs(told=told, **asked)) == 2
+    error = refused(told=111, **asked)
+    assert error.param == "logprobs"
+    assert "4 log probabilities of each of up to 14 generated tokens, in 2 answers" in str(error)
+    assert len(jobs(told=111, stream=True, **asked)) == 2
+    assert len(jobs(told=0, **asked | {"logprobs": None})) == 2
+    chat = {"kind": "chat", "logprobs": True, "top_logprobs": 3, "max_tokens": 7}
+    assert len(jobs(told=28, **chat)) == 1
+    assert refused(told=27, **chat).param == "top_logprobs"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,10 @@ from kvferry.common.errors import ConfigError, InvalidRequest
 from kvferry.router.choices import Choice
 from kvferry.router.detokenize import MAX_WINDOW, StopScanner
 from kvferry.router.handover import Piece
+from kvferry.router.limits import DEFAULT_LIMITS, Limits
 from kvferry.router.logprobs import Offsets, Told
-from kvferry.router.openai import Conversation, Message, parse_request
-from kvferry.router.text import Tokenizer, check_token_ids, load_tokenizer
+from kvferry.router.openai import Conversation, Message, Prompt, parse_request
+from kvferry.router.text import INLINE_CHARS, SHORT_CHARS, TURN_CHARS, Tokenizer, check_token_ids, load_tokenizer
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
@@ -262,7 +264,9 @@ def test_what_goes_into_the_template():
     assert rendered(user, Message("assistant", "so"), generation_prompt=False, continues=True).endswith("so")
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "messages", "add_generation_prompt"])
+@pytest.mark.parametrize(
+    "name", ["chat_template", "tokenize", "tools", "messages", "add_generation_prompt", "bos_token", "eos_token"]
+)
 def test_what_clients_may_not_tell_the_template(name):
     turns = (Message("user", "hi"),)
     with pytest.raises(InvalidRequest, match="leave it out") as refused:
@@ -303,12 +307,65 @@ def test_template_that_refuses_is_an_invalid_request():
 
 
 def test_long_and_short_prompts_encode_alike():
-    async def encode(text):
-        return await BYTES.encode(text)
+    for text in ("short", "long " * 2000, "very long " * 20_000):
+        assert encoded(text) == [[256, *text.encode()]]
+    assert encoded((1, 2), "a", "b" * 5000) == [[1, 2], [256, 97], [256, *b"b" * 5000]]
 
-    for text in ("short", "long " * 2000):
-        assert asyncio.run(encode(text)) == [256, *text.encode()]
-    assert asyncio.run(encode((1, 2))) == [1, 2]
+
+def encoded(*prompts: Prompt, limits: Limits = DEFAULT_LIMITS) -> list[list[int]]:
+    return asyncio.run(BYTES.encode(prompts, limits=limits))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "where"),
+    [
+        (["a" * INLINE_CHARS], "MainThread"),
+        (["a" * (INLINE_CHARS + 1)], "tokenize-short_0"),
+        (["a" * (INLINE_CHARS // 2)] * 3, "tokenize-short_0"),
+        (["a" * (SHORT_CHARS + 1)], "tokenize-long_0"),
+        ([Conversation((Message("user", "a"),))], "MainThread"),
+        ([Conversation((Message("user", "a"),) * (INLINE_CHARS // TURN_CHARS))], "tokenize-short_0"),
+        ([Conversation((Message("user", "a", name="b" * INLINE_CHARS),))], "tokenize-short_0"),
+        ([Conversation((Message("tool", "a", tool_call_id="b" * SHORT_CHARS),))], "tokenize-long_0"),
+        ([Conversation((Message("user", "a"),), template_fields={"a": 1})], "tokenize-short_0"),
+    ],
+)
+def test_where_work_is_done_follows_from_all_of_it(prompts, where, monkeypatch):
+    own = Tokenizer(byte_tokenizer())
+    seen = []
+    monkeypatch.setattr(own, "encode_now", lambda *given: seen.append(threading.current_thread().name))
+    asyncio.run(own.encode(prompts))
+    assert set(seen) == {where}
+    own.close()
+
+
+def test_a_short_text_does_not_wait_for_long_ones():
+    own, order = Tokenizer(byte_tokenizer()), []
+    free = threading.Event()
+
+    async def work(name: str, chars: int, until: threading.Event | None = None) -> None:
+        await own.aside(chars, lambda: until and until.wait(10))
+        order.append(name)
+
+    async def main() -> None:
+        long = [asyncio.create_task(work("long", SHORT_CHARS + 1, free)) for _ in range(3)]
+        await work("short", SHORT_CHARS)
+        free.set()
+        await asyncio.gather(*long)
+
+    asyncio.run(main())
+    assert order == ["short", "long", "long", "long"]
+    own.close()
+
+
+def test_how_long_a_chat_may_be_as_its_template_has_it():
+    chat = Conversation((Message("user", "hi"),))
+    length = len(BYTES._chat.render(chat))
+    for bound in (length, length + 1):
+        assert len(encoded(chat, limits=Limits(prompt_chars=bound))) == 1
+    with pytest.raises(InvalidRequest, match=f"have {length} characters as the model's chat template") as refused:
+        encoded(chat, limits=Limits(prompt_chars=length - 1))
+    assert refused.value.param == "messages"
 
 
 def test_bad_words_are_barred_at_the_start_and_after_a_space():

@@ -37,8 +37,8 @@ def use(tokenizer: Tokenizer, mark: str) -> None:
     async def main():
         for times in (1, 1000):
             text = (mark + " ") * times
-            tokens = await tokenizer.encode(text)
-            await tokenizer.encode(Conversation((Message("system", text), Message("user", text))))
+            (tokens,) = await tokenizer.encode([text])
+            await tokenizer.encode([Conversation((Message("system", text), Message("user", text)))])
             await tokenizer.bad_words([mark])
             detokenizer = tokenizer.detokenizer([mark + "!"])
             assert mark in detokenizer.push(tokens)[0] + detokenizer.finish()
