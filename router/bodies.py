@@ -38,8 +38,11 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class TextPart(msgspec.Struct, frozen=True):
-    type: Annotated[Literal["text"], Meta(description="text, the only part supported yet")]
-    text: Text
+    """Of its fields, the one that its type names is there. What an assistant said to refuse is text as any other."""
+
+    type: Annotated[Literal["text", "refusal"], Meta(description="text or refusal, the only parts supported yet")]
+    text: Text | None = None
+    refusal: Text | None = None
 
 
 class MessageBody(msgspec.Struct, frozen=True):
@@ -56,7 +59,7 @@ TemplateFields = Annotated[dict[str, Any], Meta(description="an object")]
 
 
 class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
-    model: ModelName
+    model: ModelName | None = None
     max_tokens: Count | None = None
     n: Count | None = None
     best_of: Count | None = None
@@ -123,23 +126,28 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 NEUTRAL_COMMON: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,), "use_beam_search": (False,), "early_stopping": (False,), "detokenize": (True,),
-    "kv_transfer_params": (), "mm_processor_kwargs": (), "request_id": (ANYTHING,), "structured_outputs": (),
-    "guided_json": (), "guided_choice": (), "guided_regex": (), "guided_grammar": (), "allowed_token_ids": ([],),
-    "spaces_between_special_tokens": (True, False), "truncate_prompt_tokens": (), "user": (ANYTHING,),
-    "metadata": (ANYTHING,), "store": (False,), "service_tier": ("auto", "default"),
+    "kv_transfer_params": (), "ec_transfer_params": (), "mm_processor_kwargs": (), "request_id": (ANYTHING,),
+    "session_id": (ANYTHING,), "structured_outputs": (), "structural_tag": (), "guided_json": (), "guided_choice": (),
+    "guided_regex": (), "guided_grammar": (), "guided_decoding_backend": (), "guided_whitespace_pattern": (),
+    "allowed_token_ids": ([],), "logits_processors": ([],), "logprob_token_ids": (), "vllm_xargs": ({},),
+    "return_tokens_as_token_ids": (False,), "spaces_between_special_tokens": (True, False),
+    "truncate_prompt_tokens": (), "truncation_side": ("left", "right"), "include_reasoning": (True, False),
+    "thinking_token_budget": (), "repetition_detection": (), "watermarking": (False,), "stream_interval": (1,),
+    "user": (ANYTHING,), "metadata": (ANYTHING,), "store": (False,), "service_tier": ("auto", "default"),
     "safety_identifier": (ANYTHING,), "prompt_cache_key": (ANYTHING,), "prompt_cache_retention": (ANYTHING,),
     "response_format": ({"type": "text"},),
 }  # fmt: skip
-NEUTRAL_COMPLETION = NEUTRAL_COMMON | {"suffix": ("",)}
+NEUTRAL_COMPLETION = NEUTRAL_COMMON | {"suffix": ("",), "prompt_embeds": ()}
 NEUTRAL_CHAT = NEUTRAL_COMMON | {
     "echo": (False,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],), "audio": (),
     "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (), "chat_template": (),
-    "documents": ([],), "include_reasoning": (True, False),
+    "documents": ([],), "media_io_kwargs": ({},), "moderation": (), "prompt_cache_options": (ANYTHING,),
 }  # fmt: skip
 NEUTRAL_TOKENIZE: dict[str, tuple[Any, ...]] = {"tools": ([],), "chat_template": ()}
 NEUTRAL_STREAM: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "refusal": (), "audio": (), "tool_calls": ([],), "function_call": (), "reasoning_content": ("",),
-    "annotations": ([],),
+    "refusal": (), "audio": (), "tool_calls": ([],), "function_call": (), "reasoning": ("",),
+    "reasoning_content": ("",), "annotations": ([],),
 }  # fmt: skip
+NEUTRAL_PART: dict[str, tuple[Any, ...]] = {"cache_control": (ANYTHING,), "prompt_cache_breakpoint": (ANYTHING,)}

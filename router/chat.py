@@ -39,12 +39,16 @@ class ChatTemplate:
         return self._apply(turns, conversation.generation_prompt, conversation.continues, conversation.template_fields)
 
     def _turn(self, message: Message, path: str) -> dict[str, str]:
-        """A `developer` is told to a template that does not know it as `system`, its older name."""
+        """A `developer` is told to a template that does not know it as `system`, its older name, and a `function` to
+        every one as `tool`, its newer name."""
         role = message.role
         if role == "developer" and not self._knows_developer:
             role = "system"
-        if role == "tool" and not self._takes_tools:
-            raise InvalidRequest(f"{path}.role is tool, which this model's chat template does not take", f"{path}.role")
+        if role in ("tool", "function") and not self._takes_tools:
+            raise InvalidRequest(
+                f"{path}.role is {role}, which this model's chat template does not take", f"{path}.role"
+            )
+        role = "tool" if role == "function" else role
         told = {"role": role, "content": message.content, "name": message.name, "tool_call_id": message.tool_call_id}
         return {name: value for name, value in told.items() if value is not None}
 

@@ -75,7 +75,7 @@ class Generator:
             give_up = arrived + (allowed if asked.timeout_s is None else min(asked.timeout_s, allowed))
             model = await self._flow.ready_model(name, give_up)
             side = self._models.side_of(model.tokenizer)
-            asked = asked.advised(side.defaults)
+            asked = replace(asked.advised(side.defaults), model=name)
             jobs = await self._jobs(asked, model, side.tokenizer, tenant, grant, request["id"])
             records += [Record(job.request_id, len(job.token_ids), arrived) for job in jobs]
             told = tellings(jobs, records, asked, side.tokenizer)

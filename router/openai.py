@@ -16,6 +16,7 @@ from kvferry.router.bodies import (
     NEUTRAL_CHAT,
     NEUTRAL_COMPLETION,
     NEUTRAL_MESSAGE,
+    NEUTRAL_PART,
     NEUTRAL_STREAM,
     ChatBody,
     CommonBody,
@@ -53,7 +54,6 @@ class Conversation:
     continues: bool = False
     template_fields: Mapping[str, Any] = field(default_factory=dict)
 
-
     @property
     def chars(self) -> int:
         """Characters of all that the client wrote; of its own variables, those of their JSON, roughly."""
@@ -61,12 +61,14 @@ class Conversation:
         own = len(msgspec.json.encode(self.template_fields)) if self.template_fields else 0
         return sum(map(len, told)) + own
 
+
 Prompt = str | tuple[int, ...] | Conversation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """A valid request. Token ids are not negative but not yet checked against the vocabulary.
+    """A valid request. Token ids are not negative but not yet checked against the vocabulary. `model` None means the
+    only one that is served.
 
     Each of `prompts` gets `n` answers; a chat has one prompt. `max_tokens` None means what the context leaves, 0 that
     only the prompt is told of, which goes with `echo` alone. `logprobs` and `prompt_logprobs` say how many of the
@@ -77,7 +79,7 @@ class GenerationRequest:
     """
 
     kind: Kind
-    model: str
+    model: str | None
     prompts: tuple[Prompt, ...] = field(repr=False)
     max_tokens: int | None
     special_tokens: bool = True
@@ -249,8 +251,18 @@ def _turn(message: MessageBody, path: str) -> Message:
         content = ""
     if message.tool_call_id is not None and message.role != "tool":
         raise InvalidRequest(f"{path}.tool_call_id is only allowed with the role tool", f"{path}.tool_call_id")
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-    return Message(message.role, text, message.name, message.tool_call_id)
+    if not isinstance(content, str):
+        content = "\n".join(_said(part, f"{path}.content[{i}]") for i, part in enumerate(content))
+    return Message(message.role, content, message.name, message.tool_call_id)
+
+
+def _said(part: TextPart, path: str) -> str:
+    """What is in the field of a part's type; nothing may be in the other."""
+    for name in ("text", "refusal"):
+        if (getattr(part, name) is None) == (name == part.type):
+            fault = "is missing; it must be a string" if name == part.type else "is only allowed in a part of that type"
+            raise InvalidRequest(f"{path}.{name} {fault}", f"{path}.{name}")
+    return getattr(part, part.type)
 
 
 def convert(raw: dict[str, Any], body: type[Body], neutral: Mapping[str, tuple[Any, ...]], limits: Limits) -> Body:
@@ -259,20 +271,11 @@ def convert(raw: dict[str, Any], body: type[Body], neutral: Mapping[str, tuple[A
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = without_neutral(options, StreamOptions, NEUTRAL_STREAM, "stream_options.")
     if isinstance(messages := fields.get("messages"), list):
+        _check_messages(messages, limits)
         fields["messages"] = [_message(message, f"messages[{i}].") for i, message in enumerate(messages)]
     return to_struct(fields, body)
 
 
-def _message(message: Any, path: str) -> Any:
-    if not isinstance(message, dict):
-        return message
-    fields = without_neutral(message, MessageBody, NEUTRAL_MESSAGE, path)
-    if isinstance(content := fields.get("content"), list):
-        for i, part in enumerate(content):
-            if isinstance(part, dict):
-                without_neutral(part, TextPart, {}, f"{path}content[{i}].", lenient=part.get("type") != "text")
-        _check_messages(messages, limits)
-    return fields
 def _check_messages(messages: list[Any], limits: Limits) -> None:
     """Raise InvalidRequest for too many, before each of them is looked at."""
     if len(messages) > limits.messages:
@@ -284,3 +287,13 @@ def _check_messages(messages: list[Any], limits: Limits) -> None:
                              "messages")  # fmt: skip
 
 
+def _message(message: Any, path: str) -> Any:
+    if not isinstance(message, dict):
+        return message
+    fields = without_neutral(message, MessageBody, NEUTRAL_MESSAGE, path)
+    if isinstance(content := fields.get("content"), list):
+        for i, part in enumerate(content):
+            if isinstance(part, dict):
+                lenient = part.get("type") not in ("text", "refusal")
+                without_neutral(part, TextPart, NEUTRAL_PART, f"{path}content[{i}].", lenient)
+    return fields

@@ -29,7 +29,7 @@ ASKED = {
     bodies.DetokenizeBody: {},
     bodies.StreamOptions: bodies.NEUTRAL_STREAM,
     bodies.MessageBody: bodies.NEUTRAL_MESSAGE,
-    bodies.TextPart: {},
+    bodies.TextPart: bodies.NEUTRAL_PART,
 }
 ANSWERS = (CompletionAnswer, ChatAnswer, ErrorAnswer, Model, ModelList, Tokenized, Detokenized)
 ANYBODY = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
@@ -51,6 +51,10 @@ def openapi(limits: Limits) -> Mapping[str, Any]:
         "if": {"properties": {"role": {"const": "assistant"}}},
         "else": {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
     }
+    schemas["TextPart"]["oneOf"] = [
+        {"properties": {"type": {"const": one}, one: {"type": "string"}, other: {"type": "null"}}, "required": [one]}
+        for one, other in (("text", "refusal"), ("refusal", "text"))
+    ]
     schemas["TokenizeBody"]["oneOf"] = [
         {"properties": {name: {"not": {"type": "null"}}}, "required": [name]} for name in ("prompt", "messages")
     ]

@@ -20,7 +20,7 @@ MAX_SALT_CHARS = 256
 TEXT = {"type": "string"}
 TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 MAX_TOKEN_ID = 2**32 - 1
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PROMPTS = "a string, a list of token ids, or a list of several prompts that are all one or all the other"
 
 Flag = Annotated[bool, Meta(description="true or false")]
@@ -42,7 +42,8 @@ Priority = Annotated[
     int, Meta(ge=-(2**31), le=2**31 - 1, description="a whole number of at most 32 bits, of which the lower goes first")
 ]
 Role = Annotated[
-    Literal["system", "developer", "user", "assistant", "tool"], Meta(description=f"one of {', '.join(ROLES)}")
+    Literal["system", "developer", "user", "assistant", "tool", "function"],
+    Meta(description=f"one of {', '.join(ROLES)}"),
 ]
 Bounded = Annotated[Any, Meta(description="what the rules say")]
 PromptValue = Annotated[str | list[Any], Meta(description=PROMPTS)]
@@ -67,12 +68,12 @@ def rules(limits: Limits) -> dict[str, Rule]:
     )
     batches = [{"type": "array", "items": one, "minItems": 1, "maxItems": limits.prompts}
                for one in ({"type": "string"}, tokens)]  # fmt: skip
-    return {
     turns, parts = ({"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}, "maxItems": most}
                     for name, most in (("MessageBody", limits.messages), ("TextPart", limits.parts)))  # fmt: skip
-        "prompt": Rule(PROMPTS, {"anyOf": [{"type": "string"}, tokens, *batches]}),
+    return {
         "messages": Rule(f"a list of 1 to {limits.messages} messages", turns | {"minItems": 1}),
         "content": Rule(f"a string or a list of up to {limits.parts} text parts", {"anyOf": [TEXT, parts]}),
+        "prompt": Rule(PROMPTS, {"anyOf": [{"type": "string"}, tokens, *batches]}),
         "tokens": Rule("a list of token ids", {"type": "array", "items": token, "maxItems": limits.prompt_tokens}),
         "n": Rule(f"a whole number from 1 to {limits.n}", {"type": "integer", "minimum": 1, "maximum": limits.n}),
         "stop": Rule(
@@ -109,12 +110,12 @@ def prompts(value: str | list[Any], limits: Limits) -> tuple[str | tuple[int, ..
         return (value,)
     if not value:
         raise InvalidRequest("prompt must have at least one token id, or one prompt", "prompt")
-    if all(isinstance(item, str) for item in value):
     if isinstance(value[0], str | list) and len(value) > limits.prompts:
         raise InvalidRequest(f"prompt is a batch of {len(value)}; this server takes at most {limits.prompts} in a "
                              "request", "prompt")  # fmt: skip
     count = sum(len(item) if isinstance(item, list) else not isinstance(item, str) for item in value)
     check_prompt_tokens(count, "prompt", limits)
+    if all(isinstance(item, str) for item in value):
         return tuple(value)
     if all(isinstance(item, list) for item in value):
         return tuple(token_ids(item, "prompt", PROMPTS) for item in value)
@@ -131,7 +132,6 @@ def token_ids(value: list[Any], name: str, expected: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def logprobs(name: str, value: Any, limits: Limits) -> int | None:
 def check_prompt_tokens(count: int, field: str, limits: Limits) -> None:
     """Raise InvalidRequest for more tokens than a request may have."""
     if count > limits.prompt_tokens:
@@ -140,6 +140,7 @@ def check_prompt_tokens(count: int, field: str, limits: Limits) -> None:
         )
 
 
+def logprobs(name: str, value: Any, limits: Limits) -> int | None:
     """How many of the likeliest tokens to tell."""
     if value is None:
         return None

@@ -2,7 +2,7 @@
 
 import openai
 import pytest
-from e2e.cluster import Cluster
+from e2e.cluster import Cluster, credential
 
 TURN = [{"role": "user", "content": "What is KV?"}]
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
@@ -32,6 +32,14 @@ def test_completion(client, model, oracle, prompts):
     assert again.usage.prompt_tokens_details.cached_tokens == 64
     assert again.choices[0].text == whole.choices[0].text
     assert again.id != whole.id
+
+
+def test_the_only_model_need_not_be_named(llama, model):
+    for path, asked in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": TURN})):
+        body = asked | {"max_tokens": 2}
+        assert llama.http.post(path, json=body, headers=credential(llama.key)).json()["model"] == model
+        with llama.stream(path, body | {"stream": True}, llama.key) as stream:
+            assert {chunk["model"] for chunk in stream} == {model}
 
 
 def test_completion_stream(client, model, oracle, prompts):

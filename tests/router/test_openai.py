@@ -502,7 +502,7 @@ def test_stream_options():
         ({"role": "user", "content": None}, "messages[1].content"),
         ({"role": "robot", "content": "x"}, "messages[1].role"),
         ({"role": ["user"], "content": "x"}, "messages[1].role"),
-        ({"role": "function", "content": "x"}, "messages[1].role"),
+        ({"role": "function", "content": None}, "messages[1].content"),
         ({"role": "tool", "content": None}, "messages[1].content"),
         ({"role": "user", "content": "x", "name": 3}, "messages[1].name"),
         ({"role": "user", "content": "x", "tool_call_id": "c1"}, "messages[1].tool_call_id"),
@@ -511,6 +511,10 @@ def test_stream_options():
         ({"role": "user", "content": [3]}, "messages[1].content[0]"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content[0].text"),
         ({"role": "user", "content": [{"type": "text", "text": 1}]}, "messages[1].content[0].text"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "messages[1].content[0].text"),
+        ({"role": "user", "content": [{"type": "refusal", "text": "x"}]}, "messages[1].content[0].text"),
+        ({"role": "user", "content": [{"type": "refusal"}]}, "messages[1].content[0].refusal"),
+        ({"role": "user", "content": [{"type": "refusal", "refusal": 1}]}, "messages[1].content[0].refusal"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[1].content[0].type"),
         ({"role": "user", "content": [{"type": "text", "text": "x", "z": 1}]}, "messages[1].content[0].z"),
     ],
@@ -520,7 +524,9 @@ def test_wrong_messages_name_their_place(message, param):
 
 
 def test_messages():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    cached = {"cache_control": {"type": "ephemeral"}, "refusal": None}
+    parts = [{"type": "text", "text": "a", **cached}, {"type": "text", "text": "b"}]
+    refused = [{"type": "text", "text": "s"}, {"type": "refusal", "refusal": "no"}]
     sent = [
         {"role": "developer", "content": "d"},
         {"role": "user", "content": parts},
@@ -529,10 +535,13 @@ def test_messages():
         {"role": "assistant"},
         {"role": "user", "content": "u", "name": "bob"},
         {"role": "tool", "content": "t", "tool_call_id": "c1"},
+        {"role": "function", "content": "f", "name": "g"},
+        {"role": "assistant", "content": refused, "reasoning": None, "reasoning_content": None},
     ]
     expected = (
         Message("developer", "d"), Message("user", "a\nb"), Message("assistant", "r"), Message("assistant", ""),
         Message("assistant", ""), Message("user", "u", name="bob"), Message("tool", "t", tool_call_id="c1"),
+        Message("function", "f", name="g"), Message("assistant", "s\nno"),
     )  # fmt: skip
     assert parse("chat", messages=sent).prompts == (Conversation(expected),)
     assert refusal("chat", messages=[]).param == "messages"
@@ -551,15 +560,6 @@ def test_neutral_values_change_nothing(kind, name, value):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value"),
-    [
-        ("completion", "best_of", 3),
-        ("completion", "suffix", "x"),
-        ("completion", "length_penalty", 0.5),
-        ("completion", "allowed_token_ids", [1]),
-        ("chat", "echo", True),
-        ("chat", "tools", [{"type": "function"}]),
-@pytest.mark.parametrize(
     ("kind", "names"),
     [
         ("completion", sdk_completion.CompletionCreateParamsBase.__annotations__),
@@ -573,6 +573,15 @@ def test_whatever_the_apis_have_may_be_null(kind, names):
     assert parse(kind, **{name: None for name in names if name not in MINIMAL[kind]}) == parse(kind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("completion", "best_of", 3),
+        ("completion", "suffix", "x"),
+        ("completion", "length_penalty", 0.5),
+        ("completion", "allowed_token_ids", [1]),
+        ("chat", "echo", True),
+        ("chat", "tools", [{"type": "function"}]),
         ("chat", "tool_choice", "required"),
         ("chat", "response_format", {"type": "json_object"}),
         ("chat", "store", True),
@@ -582,6 +591,10 @@ def test_whatever_the_apis_have_may_be_null(kind, names):
         ("chat", "prediction", {"type": "content", "content": "x"}),
         ("chat", "service_tier", "flex"),
         ("completion", "response_format", {"type": "json_object"}),
+        ("completion", "return_tokens_as_token_ids", True),
+        ("completion", "prompt_embeds", "AAAA"),
+        ("chat", "logits_processors", ["x"]),
+        ("chat", "vllm_xargs", {"x": 1}),
     ],
 )
 def test_what_would_change_the_answer_is_refused(kind, name, value):
@@ -591,10 +604,7 @@ def test_what_would_change_the_answer_is_refused(kind, name, value):
 
 
 def test_unknown_fields_are_refused_with_the_nearest():
-        ("completion", "return_tokens_as_token_ids", True),
-        ("completion", "prompt_embeds", "AAAA"),
-        ("chat", "logits_processors", ["x"]),
-        ("chat", "vllm_xargs", {"x": 1}),
+    assert refusal("completion", temprature=None).param == "temprature"
     error = refusal("completion", temprature=1)
     assert error.param == "temprature"
     assert "did you mean temperature?" in str(error)
@@ -604,7 +614,6 @@ def test_unknown_fields_are_refused_with_the_nearest():
     assert refusal("chat", prompt="x").param == "prompt"
 
 
-    assert refusal("completion", temprature=None).param == "temprature"
 @pytest.mark.parametrize("kind", MINIMAL)
 def test_missing_fields(kind):
     """Only what is asked has to be there; of models there may be only one."""
@@ -612,6 +621,8 @@ def test_missing_fields(kind):
     with pytest.raises(InvalidRequest, match=f"^{name} is missing; it must be ") as refused:
         parse_request(kind, b'{"model": "demo"}')
     assert refused.value.param == name
+    for more in ({}, {"model": None}):
+        assert parse_request(kind, json.dumps({name: MINIMAL[kind][name], **more}).encode()).model is None
 
 
 @pytest.mark.parametrize(
@@ -621,8 +632,6 @@ def test_missing_fields(kind):
         (b"{", "not valid JSON"),
         (b"[]", "must be a JSON object, not a list"),
         (b'"x"', "must be a JSON object, not a string"),
-    for more in ({}, {"model": None}):
-        assert parse_request(kind, json.dumps({name: MINIMAL[kind][name], **more}).encode()).model is None
         (b'{"model":"m","prompt":"x","temperature":NaN}', "not valid JSON"),
         (b'{"model":"m","prompt":"x","temperature":-Infinity}', "not valid JSON"),
         (b'{"model":"m","prompt":"x","temperature":1e999}', "not valid JSON: number out of range"),

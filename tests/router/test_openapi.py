@@ -55,9 +55,13 @@ SMALL_JSON = st.recursive(
     ),
     max_leaves=4,
 )
+PART = st.dictionaries(
+    st.sampled_from(["type", "text", "refusal", "cache_control", "x"]),
+    st.none() | st.sampled_from(["text", "refusal", "image_url", 3]),
+)
 MESSAGE = st.dictionaries(
     st.sampled_from(["role", "content", "name", "tool_call_id", "refusal", "x"]),
-    SMALL_JSON | st.sampled_from(["user", "tool", "assistant", "robot"]) | st.just([{"type": "text", "text": "x"}]),
+    SMALL_JSON | st.sampled_from(["user", "tool", "assistant", "function", "robot"]) | st.lists(PART, max_size=2),
 )
 
 
@@ -114,3 +118,11 @@ def test_every_refusal_has_its_schema():
                 schema = answer["content"]["application/json"]["schema"]
                 assert (status == "200") != (schema == {"$ref": "#/components/schemas/ErrorAnswer"}), (path, status)
                 assert ("Retry-After" in answer.get("headers", {})) == (status in ("429", "503"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(part=PART)
+def test_a_part_is_what_the_document_says(part):
+    value = {"model": "m", "messages": [{"role": "user", "content": [part]}]}
+    event("taken" if taken(ChatBody, value, SMALL) else "refused")
+    assert taken(ChatBody, value, SMALL) == allowed(ChatBody, value, SMALL)

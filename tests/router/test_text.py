@@ -261,6 +261,7 @@ def test_what_goes_into_the_template():
     assert rendered(user, template_fields={"thinking": "deep"}) == "user:bob::hi;deepgo"
     assert rendered(Message("developer", "d")) == "developer:::d;go"
     assert rendered(user, Message("tool", "t", tool_call_id="c1")) == "user:bob::hi;tool::c1:t;go"
+    assert rendered(user, Message("function", "t", name="f")) == "user:bob::hi;tool:f::t;go"
     assert rendered(user, Message("assistant", "so"), generation_prompt=False, continues=True).endswith("so")
 
 
