@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from kvferry.common.sampling import TokenLogprobs
 from kvferry.router.text import Tokenizer
 
@@ -67,7 +69,8 @@ def completion_logprobs(told: Sequence[Told], top: int, tokenizer: Tokenizer) ->
 
 
 def chat_logprobs(told: Sequence[Told], top: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """`logprobs` of a chat's choice, or of its delta. Tokens of which nothing is told are left out."""
+    """`logprobs` of a chat's choice, or of its delta; each token's as JSON. Tokens of which nothing is told are left
+    out."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         token = tokenizer.token(token_id)
@@ -75,8 +78,10 @@ def chat_logprobs(told: Sequence[Told], top: int, tokenizer: Tokenizer) -> dict[
         return {"token": token.name, "logprob": bounded(logprob), "bytes": data}
 
     content = [
-        entry(one.token_id, one.logprobs.logprob)
-        | {"top_logprobs": [entry(token, value) for token, value in one.logprobs.top[:top]]}
+        packed(
+            entry(one.token_id, one.logprobs.logprob)
+            | {"top_logprobs": [entry(token, value) for token, value in one.logprobs.top[:top]]}
+        )
         for one in told
         if one.logprobs is not None
     ]
@@ -85,19 +90,26 @@ def chat_logprobs(told: Sequence[Told], top: int, tokenizer: Tokenizer) -> dict[
 
 def prompt_logprobs(
     token_ids: Sequence[int], told: Sequence[TokenLogprobs], top: int, tokenizer: Tokenizer
-) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: for each token of the prompt but the first a dict by token id, of the token itself and
-    then of the `top` likeliest. Ranks count from 1 there. `told` has one entry for each token but the first."""
+) -> list[msgspec.Raw | None]:
+    """vLLM's `prompt_logprobs`: for each token of the prompt but the first a dict by token id, as JSON, of the token
+    itself and then of the `top` likeliest. Ranks count from 1 there. `told` has one entry for each token but the
+    first."""
 
     def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
         return {"logprob": bounded(logprob), "rank": rank + 1, "decoded_token": tokenizer.token(token_id).name}
 
-    def of(token_id: int, one: TokenLogprobs) -> dict[str, Any]:
+    def of(token_id: int, one: TokenLogprobs) -> msgspec.Raw:
         own = {str(token_id): entry(token_id, one.logprob, one.rank)}
         best = {str(token): entry(token, value, rank) for rank, (token, value) in enumerate(one.top[:top])}
-        return own | best
+        return packed(own | best)
 
     return [None, *(of(token, one) for token, one in zip(token_ids[1:], told, strict=True))]
+
+
+def packed(value: dict[str, Any]) -> msgspec.Raw:
+    """As JSON already: an answer has a great many of these, and as objects all of them together would be made into JSON
+    in one go, and looked through by Python's garbage collector."""
+    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def is_text(data: bytes | None) -> bool:

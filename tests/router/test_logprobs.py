@@ -1,7 +1,9 @@
 """What is told of tokens, as OpenAI's and vLLM's clients read it."""
 
 import json
+from typing import Any
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion
@@ -27,6 +29,11 @@ def told_of(token_ids, start=0) -> tuple[Told, ...]:
     return Offsets(BYTES, start).tell(token_ids, logprobs)
 
 
+def plain(shape: Any) -> Any:
+    """As a client reads it."""
+    return json.loads(msgspec.json.encode(shape))
+
+
 def test_a_completion_has_openais_lists():
     told = told_of([0x61, *EURO, 257], start=4)
     shape = completion_logprobs(told, 2, BYTES)
@@ -42,7 +49,7 @@ def test_a_completion_has_openais_lists():
 
 
 def test_a_chat_has_openais_entries():
-    shape = chat_logprobs(told_of([EURO[0]]), 2, BYTES)
+    shape = plain(chat_logprobs(told_of([EURO[0]]), 2, BYTES))
     assert shape["refusal"] is None
     assert shape["content"] == [
         {
@@ -55,28 +62,28 @@ def test_a_chat_has_openais_entries():
             ],
         }
     ]
-    assert chat_logprobs(told_of([900]), 0, BYTES)["content"][0] == {
+    assert plain(chat_logprobs(told_of([900]), 0, BYTES))["content"][0] == {
         "token": "token_id:900", "logprob": -1.5, "bytes": None, "top_logprobs": []}  # fmt: skip
 
 
 def test_vllms_ranks_count_from_one():
     """The prompt's own token comes first, also where it is not among the likeliest."""
     told = [TokenLogprobs(-4.0, 7, ((65, -0.25), (66, -0.5))), TokenLogprobs(-0.25, 0, ((65, -0.25), (66, -0.5)))]
-    first, second, third = prompt_logprobs([256, 0x61, 65], told, 2, BYTES)
+    first, second, third = plain(prompt_logprobs([256, 0x61, 65], told, 2, BYTES))
     assert first is None
     assert list(second) == ["97", "65", "66"]
     assert second["97"] == {"logprob": -4.0, "rank": 8, "decoded_token": "a"}
     assert second["65"] == {"logprob": -0.25, "rank": 1, "decoded_token": "A"}
     assert list(third) == ["65", "66"]
-    assert list(prompt_logprobs([256, 0x61, 65], told, 1, BYTES)[2]) == ["65"]
+    assert list(plain(prompt_logprobs([256, 0x61, 65], told, 1, BYTES))[2]) == ["65"]
     assert prompt_logprobs([256], [], 5, BYTES) == [None]
 
 
 def test_what_is_impossible_is_still_json():
     told = [Told(0x61, TokenLogprobs(NONE, 263, ((65, NONE),)), 0)]
     for shape in (completion_logprobs(told, 1, BYTES), chat_logprobs(told, 1, BYTES)):
-        assert "-9999.0" in json.dumps(shape, allow_nan=False)
-    assert prompt_logprobs([1, 97], [told[0].logprobs], 1, BYTES)[1]["97"]["logprob"] == -9999.0
+        assert "-9999.0" in json.dumps(plain(shape), allow_nan=False)
+    assert plain(prompt_logprobs([1, 97], [told[0].logprobs], 1, BYTES))[1]["97"]["logprob"] == -9999.0
 
 
 def asked(**fields) -> GenerationRequest:
