@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,8 @@ from kvferry.router.limits import Limits
 from kvferry.router.listener import listen
 from kvferry.router.models import Models, TextSide
 from kvferry.router.nodes import Nodes
-from kvferry.router.tenants import LiveTenants
+from kvferry.router.quota import TenantLimits
+from kvferry.router.tenants import LiveTenants, Tenant
 from kvferry.router.text import Tokenizer
 
 CONFIG = RouterConfig(
@@ -46,7 +48,11 @@ UP = pb.WorkerStatus(
 )
 
 
-def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]]) -> None:
+def with_front(
+    use: Callable[[Nodes, ClientSession, str], Awaitable[None]],
+    config: RouterConfig = CONFIG,
+    tenants: LiveTenants | None = None,
+) -> None:
     """A front over nodes that nobody watches."""
 
     async def main() -> None:
@@ -54,7 +60,7 @@ def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]]) -> N
         models = Models(nodes, own_defaults=False)
         models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
         flow = Flow(CONFIG, nodes, models, None, metrics, clock)
-        front = Front(CONFIG, Limits(), models, LiveTenants(None), nodes, flow, metrics)
+        front = Front(config, Limits(), models, tenants or LiveTenants(None), nodes, flow, metrics)
         runner = await listen(front.app(), "127.0.0.1", 0, Limits())
         async with ClientSession() as session:
             await use(nodes, session, f"http://127.0.0.1:{runner.addresses[0][1]}")
@@ -103,6 +109,83 @@ def test_models_are_those_that_are_up():
             assert answer.status == 404
 
     with_front(use)
+
+
+POSTED = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+
+
+async def half_a_body(url: str, path: str, sent: int) -> asyncio.StreamWriter:
+    _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+    writer.write(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n".encode() + b" " * sent)
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    return writer
+
+
+async def refused(session: ClientSession, url: str, body: bytes) -> dict[str, str | None]:
+    """Why a body is, by path."""
+    found = {}
+    for path in POSTED:
+        async with session.post(url + path, data=body) as answer:
+            error = (await answer.json())["error"]
+            assert ("Retry-After" in answer.headers) == (answer.status == 503)
+            found[path] = error["message"] if error["code"] == "overloaded" else None
+    return found
+
+
+@pytest.mark.parametrize("path", POSTED)
+def test_what_is_not_sent_yet_has_its_place(path):
+    """Whoever is one too many is refused before its body is read, on every path."""
+
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        writer = await half_a_body(url, path, 0)
+        told = "1 requests are being served already; try again later"
+        assert await refused(session, url, b"{") == dict.fromkeys(POSTED, told)
+        writer.close()
+        await asyncio.sleep(0.1)
+        assert await refused(session, url, b"{") == dict.fromkeys(POSTED)
+
+    with_front(use, replace(CONFIG, max_concurrent=1))
+
+
+@pytest.mark.parametrize("path", POSTED)
+def test_all_bodies_that_are_being_sent_are_bounded_together(path):
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        writer = await half_a_body(url, path, 900)
+        assert await refused(session, url, b"{" * 99) == dict.fromkeys(POSTED)
+        assert await refused(session, url, b"{" * 100) == dict.fromkeys(POSTED)
+        told = "the bodies of other requests take 900 of the 1000 bytes that this server has for them; try again later"
+        assert await refused(session, url, b"{" * 101) == dict.fromkeys(POSTED, told)
+        writer.close()
+        await asyncio.sleep(0.1)
+        assert await refused(session, url, b"{" * 2000) == dict.fromkeys(POSTED)
+
+    with_front(use, replace(CONFIG, max_bodies_bytes=1000))
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths", "statuses"),
+    [
+        ({"prompt_tokens": 10}, (8, 9, 10), [200, 200, 400]),  # and one that begins every text
+        ({"tokens_per_minute": 20}, (9, 9, 9), [200, 200, 429]),
+        ({"tokens_per_minute": 20}, (20,), [400]),
+        ({"requests_per_minute": 2}, (1, 1, 1), [200, 200, 429]),
+    ],
+)
+def test_a_tenants_limits_are_those_of_tokenize_too(limits, lengths, statuses):
+    class Tenants:
+        def authenticate(self, header):
+            return Tenant("acme", TenantKeys.from_chain_key(b"k" * 32), TenantLimits(**limits))
+
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        nodes.decode[0].status, nodes.decode[0].subscription.open = UP, True
+        found = []
+        for length in lengths:
+            async with session.post(f"{url}/tokenize", data=json.dumps({"prompt": "a" * length})) as answer:
+                found.append(answer.status)
+        assert found == statuses
+
+    with_front(use, tenants=Tenants())
 
 
 @pytest.mark.parametrize(("asked_s", "allowed_s"), [(None, 600.0), (5.0, 5.0), (10_000.0, 600.0)])
