@@ -191,7 +191,7 @@ class Front:
             asked = await self._parsed(request, place, partial(parse_request, kind))
             return await self.generator.answer(request, asked, tenant, grant)
 
-    async def _parsed(self, request: web.Request, place: Place, parse: Callable[[bytearray, Limits], T]) -> T:
+    async def _parsed(self, request: web.Request, place: Place, parse: Callable[[bytes, Limits], T]) -> T:
         """What a body asks for; a large one is parsed in a thread."""
         body = await read_body(request, self._limits, place)
         if len(body) <= INLINE_BYTES:

@@ -25,7 +25,7 @@ SCANNED = 2**18  # bytes of a body that are looked at in one go
 ANYTHING = object()  # in a table of neutral values: any value is
 
 
-def parse_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
+def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
     """The object in a body. NaN, Infinity, numbers out of range and unpaired surrogates are not JSON and refused here.
     What has too many values is refused before it is made into objects: those cost a hundred times what bytes do."""
     check_values(body, limits)
@@ -46,7 +46,7 @@ def parse_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
     return raw
 
 
-def check_values(body: bytes | bytearray, limits: Limits) -> None:
+def check_values(body: bytes, limits: Limits) -> None:
     """Raise InvalidRequest for more values than a body may have, by its quotes, brackets and commas."""
     most, numbers = limits.json_values, limits.prompt_tokens
     if len(body) <= most:

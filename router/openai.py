@@ -116,7 +116,7 @@ class GenerationRequest:
         return replace(self, **{name: getattr(defaults, name) for name in self.left_open}, left_open=frozenset())
 
 
-def parse_request(kind: Kind, body: bytes | bytearray, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
+def parse_request(kind: Kind, body: bytes, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
     """The request in a body. Raises InvalidRequest, and nothing else whatever the bytes."""
     raw = parse_json(body, limits)
     own: dict[str, Any]

@@ -27,7 +27,7 @@ class Detokenized(msgspec.Struct, frozen=True):
     prompt: str
 
 
-def parse_tokenize(body: bytes | bytearray, limits: Limits) -> TokenizeBody:
+def parse_tokenize(body: bytes, limits: Limits) -> TokenizeBody:
     """Raises InvalidRequest."""
     asked = convert(parse_json(body, limits), TokenizeBody, NEUTRAL_TOKENIZE, limits)
     if (asked.prompt is None) == (asked.messages is None):
@@ -40,7 +40,7 @@ def parse_tokenize(body: bytes | bytearray, limits: Limits) -> TokenizeBody:
     return asked
 
 
-def parse_detokenize(body: bytes | bytearray, limits: Limits) -> DetokenizeBody:
+def parse_detokenize(body: bytes, limits: Limits) -> DetokenizeBody:
     """Raises InvalidRequest."""
     asked = convert(parse_json(body, limits), DetokenizeBody, {}, limits)
     check_prompt_tokens(len(asked.tokens), "tokens", limits)

@@ -1,13 +1,20 @@
 """Clients that do not speak HTTP well, or slowly: each is answered or dropped in time, and costs nobody anything."""
 
 import json
+import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from http.client import HTTPConnection
 
 import pytest
 from e2e.cluster import Cluster, credential, until
+
+from kvferry.router.limits import DEFAULT_LIMITS
+from kvferry.router.listener import MAX_HEADERS
 
 HEADER_S, BODY_S, WRITE_S = 1.0, 1.0, 1.0
 BODY_BYTES, HEADER_BYTES = 20_000, 1000
@@ -120,6 +127,15 @@ def test_how_large_a_head_may_be(size, cluster):
     assert status == (431 if size > HEADER_BYTES else 200)
     if status == 431:
         assert (error_of(received)["code"], b"1001 bytes" in received) == ("headers_too_large", True)
+
+
+@pytest.mark.parametrize("count", [MAX_HEADERS - 1, MAX_HEADERS, MAX_HEADERS + 1])
+def test_how_many_headers_a_head_may_have(count, cluster):
+    own = head(cluster, *close(), path="/health", method="GET").count(b"\r\n") - 2
+    lines = ["a:b"] * (count - own)
+    status, received, _ = exchange(cluster, head(cluster, *close(), *lines, path="/health", method="GET"))
+    assert status == (431 if count > MAX_HEADERS else 200)
+    assert (b"more than the 128 headers" in received) == (count > MAX_HEADERS)
 
 
 @pytest.mark.parametrize(
@@ -244,3 +260,119 @@ def test_nothing_grows(cluster, prompts):
     before = round_of(300)
     assert round_of(1000) - before < FLAT_BYTES
     assert len(cluster.ask(prompts.tokens(20)).token_ids) == 24
+
+
+# -- bodies as large as they may be ------------------------------------------------------------------------------------
+
+LONGEST_S = 0.5  # that somebody else may have to wait, beside what it takes when nothing is asked for
+BODIES_BYTES = 256 * 2**20  # --max-bodies-size
+NEARLY = DEFAULT_LIMITS.body_bytes - 2**18
+TURN = '{"role":"user","content":"a"}'
+COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def listed(item: str, most: int = NEARLY) -> str:
+    return f"[{','.join([item] * (min(most, NEARLY // (len(item) + 1))))}]"
+
+
+def keyed(value: str) -> str:
+    count = NEARLY // (len(value) + 11)
+    return "{" + ",".join(f'"{number:07}":{value}' for number in range(count)) + "}"
+
+
+def large_bodies() -> Iterator[tuple[str, str]]:
+    """Path and body, nearly as large as a body or a field may be."""
+    tokens, chars = DEFAULT_LIMITS.prompt_tokens, DEFAULT_LIMITS.prompt_chars
+    for prompt in (
+        listed("[1]"),
+        listed('"a"'),
+        listed("97", tokens),
+        listed("97"),
+        listed('"' + "ab c" * 1022 + '"', 128),
+    ):
+        yield COMPLETION, f'{{"prompt":{prompt},"max_tokens":1}}'
+    for name, value in (
+        ("metadata", listed("[]")), ("metadata", keyed("{}")), ("metadata", listed("1", tokens)),
+        ("stop", listed('"a"')), ("bad_words", listed('"a"')), ("stop_token_ids", listed("1")),
+        ("logit_bias", keyed("1")), ("metadata", listed("[]", 60_000)),
+    ):  # fmt: skip
+        yield COMPLETION, f'{{"prompt":"a","max_tokens":1,"{name}":{value}}}'
+    part = '{"type":"text","text":""}'
+    for messages in (
+        listed(TURN), listed(TURN, DEFAULT_LIMITS.messages), f'[{{"role":"user","content":{listed(part)}}}]',
+        f'[{{"role":"user","content":{listed(part, DEFAULT_LIMITS.parts)}}}]',
+        TURN.replace('"a"', f'"a","name":"{"n" * NEARLY}"').join("[]"),
+    ):  # fmt: skip
+        yield CHAT, f'{{"messages":{messages},"max_tokens":1}}'
+    for fields in (f'{{"bos_token":"{"a" * 2**22}"}}', f'{{"a":{listed("[]")}}}', f'{{"a":"{"a" * (chars - 99)}"}}'):
+        yield CHAT, f'{{"messages":[{TURN}],"max_tokens":1,"chat_template_kwargs":{fields}}}'
+    yield "/tokenize", f'{{"prompt":"{"ab c" * (chars // 4 - 1)}","return_token_strs":true}}'
+    yield "/tokenize", f'{{"messages":{listed(TURN, DEFAULT_LIMITS.messages)}}}'
+    yield "/detokenize", f'{{"tokens":{listed("97", tokens)}}}'
+    yield "/detokenize", f'{{"tokens":{listed("97")}}}'
+
+
+class Watch:
+    """Asks for /health every 20 ms, from `with` to its end; how long each answer took, in seconds."""
+
+    def __init__(self, cluster: Cluster):
+        self._port, self.took = cluster.port, []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        connection = HTTPConnection("127.0.0.1", self._port, timeout=60)
+        while not self._stop.wait(0.02):
+            begun = time.monotonic()
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+            self.took.append(time.monotonic() - begun)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def test_no_body_keeps_others_waiting(llama):
+    """Whatever comes of it."""
+    with Watch(llama) as alone:
+        time.sleep(1)
+    bound, found = max(alone.took) + LONGEST_S, []
+    for path, body in large_bodies():
+        body = body.encode()
+        assert len(body) < DEFAULT_LIMITS.body_bytes
+        with Watch(llama) as watch:
+            status = llama.http.post(path, content=body, headers=credential(llama.key)).status_code
+        assert status in (200, 400), (path, body[:80])
+        found.append((max(watch.took, default=0.0), status, path, body[:60]))
+    print(f"alone {max(alone.took):.3f} s", *sorted(found)[::-1], sep="\n")
+    assert max(found)[0] < bound, max(found)
+
+
+def test_bodies_that_are_half_sent_take_no_more_than_they_may(llama):
+    """Of fifty connections with eight MiB each; the others are told to come again."""
+    router, half = llama.of_role("router"), b" " * 2**23
+    begin = head(llama, f"Content-Length: {2 * len(half)}")
+    before = router.memory_info().rss
+    with ExitStack() as stack:
+        connections = [stack.enter_context(connected(llama)) for _ in range(50)]
+        llama.together([partial(sent, connection, begin + half) for connection in connections])
+        time.sleep(0.5)
+        assert router.memory_info().rss - before < BODIES_BYTES + 2 * FLAT_BYTES
+        answered = select.select(connections, [], [], 0)[0]
+        assert len(connections) - len(answered) <= BODIES_BYTES // len(half)
+        received = answered[0].recv(4096)
+        assert (status_of(received), b"Retry-After" in received) == (503, True)
+        with Watch(llama) as watch:
+            time.sleep(0.2)
+        assert watch.took
+    until(lambda: llama.post("/tokenize", {"prompt": "a" * 2000}).status == 200, SLACK_S, "room again")
+
+
+def sent(connection: socket.socket, data: bytes) -> None:
+    with suppress(ConnectionError):
+        connection.sendall(data)
