@@ -37,7 +37,17 @@ def parse_tokenize(body: bytes, limits: Limits) -> TokenizeBody:
         for name in OF_MESSAGES:
             if getattr(asked, name):
                 raise InvalidRequest(f"{name} is only allowed together with messages", name)
+    check_prompt_chars([prompt_of(asked)], field_of(asked), limits)
     return asked
+
+
+def prompt_of(asked: TokenizeBody) -> Any:
+    """Raises InvalidRequest."""
+    return asked.prompt if asked.messages is None else conversation(asked)
+
+
+def field_of(asked: TokenizeBody) -> str:
+    return "prompt" if asked.messages is None else "messages"
 
 
 def parse_detokenize(body: bytes, limits: Limits) -> DetokenizeBody:
@@ -53,10 +63,8 @@ async def tokenize(
     asked: TokenizeBody, tokenizer: Tokenizer, max_model_len: int, limits: Limits, grant: Grant
 ) -> Tokenized:
     """Raises InvalidRequest, and RateLimited: its tokens count as those of any prompt."""
-    prompt: Any = asked.prompt if asked.messages is None else conversation(asked)
-    check_prompt_chars([prompt], "prompt" if asked.messages is None else "messages", limits)
-    (tokens,) = await tokenizer.encode([prompt], asked.add_special_tokens, limits)
-    check_prompt_tokens(len(tokens), "prompt" if asked.messages is None else "messages", limits)
+    (tokens,) = await tokenizer.encode([prompt_of(asked)], asked.add_special_tokens, limits)
+    check_prompt_tokens(len(tokens), field_of(asked), limits)
     grant.take_prompts([len(tokens)], 0)
     names = None
     if asked.return_token_strs:
