@@ -30,7 +30,7 @@ async def jobs_of(
     check_prompt_tokens(sum(map(len, prompts)), "prompt" if asked.kind == "completion" else "messages", limits)
     for number, tokens in enumerate(prompts):
         check_token_ids(tokens, model.vocab_size)
-        params = _params(asked, _max_tokens(asked, len(tokens), model, pool), bad_words)
+        params = _params(asked, _max_tokens(asked, len(tokens), model, pool, limits), bad_words)
         own_id = request_id if len(prompts) == 1 else f"{request_id}-{number}"
         jobs.append(
             Job(own_id, model, keys, asked.cache_salt, tokens, params, asked.priority, timeout_s=asked.timeout_s)
@@ -65,7 +65,7 @@ def _check_generated(asked: GenerationRequest, max_tokens: int, limits: Limits) 
         )
 
 
-def _max_tokens(asked: GenerationRequest, prompt: int, model: ServedModel, pool: int) -> int:
+def _max_tokens(asked: GenerationRequest, prompt: int, model: ServedModel, pool: int, limits: Limits) -> int:
     """How many tokens to generate for a prompt of so many. Where only the prompt is asked about it is one, not sent."""
     room = model.max_model_len - prompt
     if room < 1:
@@ -74,7 +74,10 @@ def _max_tokens(asked: GenerationRequest, prompt: int, model: ServedModel, pool:
             "prompt" if asked.kind == "completion" else "messages",
         )
     if asked.max_tokens is None:
-        return max(1, min(room, pool - prompt))
+        most = min(room, pool - prompt)
+        if asked.logprobs is not None and not asked.stream:  # as many as can be told of
+            most = min(most, limits.told // ((1 + asked.logprobs) * asked.n * len(asked.prompts)))
+        return max(1, most)
     if asked.max_tokens > room:
         raise InvalidRequest(
             f"{prompt} prompt tokens and max_tokens {asked.max_tokens} exceed the model's {model.max_model_len}; ask "

@@ -101,3 +101,12 @@ def test_how_much_is_told_of_an_answer():
     chat = {"kind": "chat", "logprobs": True, "top_logprobs": 3, "max_tokens": 7}
     assert len(jobs(told=28, **chat)) == 1
     assert refused(told=27, **chat).param == "top_logprobs"
+
+
+def test_an_answer_without_a_limit_of_its_own_ends_where_no_more_can_be_told():
+    """It is not refused: who leaves max_tokens out takes what there is room for."""
+    asked = {"kind": "chat", "n": 2, "logprobs": True, "top_logprobs": 3}
+    (free,) = [job.params.max_tokens for job in jobs(kind="chat", n=2)]
+    assert free > 7
+    assert [job.params.max_tokens for job in jobs(told=56, **asked)] == [7]
+    assert [job.params.max_tokens for job in jobs(told=56, stream=True, **asked)] == [free]
