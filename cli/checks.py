@@ -1,6 +1,7 @@
 """What is looked at before anything is loaded or started, so that a bad start is told at once. None of it needs torch
 or transformers."""
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -42,7 +43,9 @@ def open_port(host: str, port: int, flag: str) -> int:
     except OSError as error:
         known = error.errno is not None and error.errno > 0  # create_server adds to the text, getaddrinfo has its own
         reason = os.strerror(error.errno) if known else error.strerror
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; give another {flag}") from error
+        wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        another = flag.replace("port", "host") if wrong_host else flag
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; give another {another}") from error
 
 
 def check_router(config: RouterConfig) -> None:

@@ -23,7 +23,7 @@ MEANWHILE: Mapping[str, str] = MappingProxyType(
         "decode": "its requests go on at other decode workers, or wait for it",
     }
 )
-ROUTER_DRAIN_S = 1.5  # less than the supervisor's patience, so that the router ends its streams itself
+ROUTER_DRAIN_S = 1.5  # who waits for serve to end is not kept waiting, unless it is told otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def with_model(plan: Plan, found: Found) -> Plan:
 def understood_plan(plan: Plan) -> Plan:
     """The plan as its processes will understand it, with the arguments that are meant for one role alone. Raises
     ConfigError for one that is wrong."""
-    (store,), rest = stages(plan, ())
+    (store,), rest = processes(plan, ())
 
     def configs(spec: ChildSpec) -> dict[str, Any]:
         role, *arguments = spec.argv
@@ -138,7 +138,17 @@ def understood_plan(plan: Plan) -> Plan:
 
 
 def stages(plan: Plan, command: Sequence[str]) -> list[list[ChildSpec]]:
-    """The processes, in the order of their start. `command`: how this program is called."""
+    """The processes, in the order of their start, and how long the front may drain. `command`: how this program is
+    called."""
+    drain_s = understood_plan(plan).router.drain_s
+    return [
+        [spec if spec.restart else replace(spec, drain_s=drain_s) for spec in stage]
+        for stage in processes(plan, command)
+    ]
+
+
+def processes(plan: Plan, command: Sequence[str]) -> list[list[ChildSpec]]:
+    """The processes as they are called."""
 
     def child(role: str, name: str, configs: Mapping[str, Any], extra: Sequence[str]) -> ChildSpec:
         arguments = FLAGS[role].arguments({"": plan.logs, **configs})

@@ -19,7 +19,7 @@ FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
 STEADY_S = 30.0  # who lived so long starts again with the first backoff
 MAX_FAILURES = 5
-FRONT_STOP_S = 2.0  # the front may finish what is under way, while the others still serve it
+STOP_S = 0.5  # to end, beyond what a process takes to drain
 REST_STOP_S = 2.5
 LAST_LINES_S = 0.5  # what an ended process wrote is there; somebody who inherited its stderr may hold it open
 
@@ -31,12 +31,13 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ChildSpec:
     """A process to keep. `restart`: start it again when it ends. One that is not restarted is the front, which the
-    others serve: its end is the end of everything, and it is told to end before them. `meanwhile`: what holds while it
-    is away, for people."""
+    others serve: its end is the end of everything, and it is told to end before them. `drain_s`: how long it may then
+    finish what is under way. `meanwhile`: what holds while it is away, for people."""
 
     name: str
     argv: tuple[str, ...]
     restart: bool = True
+    drain_s: float = 0.0
     meanwhile: str = ""
 
 
@@ -144,7 +145,8 @@ class Supervisor:
         self._clock = clock
 
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event, on_ready: Callable[[], None]) -> None:
-        """Keep everything running until `stop`, then end it: within FRONT_STOP_S + REST_STOP_S, or at once on `hurry`.
+        """Keep everything running until `stop`, then end it: within what the front may take to drain and STOP_S +
+        REST_STOP_S, or at once on `hurry`.
 
         `on_ready` is called when all are ready for the first time. Raises Unavailable, after everything has ended, when
         a first start fails, a child that is not restarted ends, or restarts are exhausted.
@@ -207,7 +209,8 @@ class Supervisor:
 
     async def _end_all(self, hurry: asyncio.Event) -> None:
         front = [child for child in self._children if not child.spec.restart]
-        for children, patience_s in ((front, FRONT_STOP_S), (self._children, REST_STOP_S)):
+        draining_s = max([child.spec.drain_s for child in front], default=0.0) + STOP_S
+        for children, patience_s in ((front, draining_s), (self._children, REST_STOP_S)):
             for child in children:
                 child.signal(signal.SIGTERM)
             await _gone(children, patience_s, hurry)

@@ -164,7 +164,9 @@ class Link:
                     asked.give_back(reply)
                 else:
                     asked.reply.set_result(reply)
-        except (ProtocolError, EOFError, OSError) as error:
+        except EOFError:
+            self.drop("it was closed; until the store is back, everything is computed")
+        except (ProtocolError, OSError) as error:
             self.drop(repr(error))
         finally:
             self.drop("the reader ended")

@@ -59,6 +59,7 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
         admin = admin_app(nodes, store, metrics)
         runners.append(await listen(admin, config.admin_host, config.admin_port, limits))
         runners.append(await listen(front.app(), config.host, config.port, limits))
+        log.info("listening on %s, operators on %s", *(told(runner.addresses[0]) for runner in reversed(runners)))
         tasks = [
             asyncio.create_task(models.follow()),
             asyncio.create_task(tell_when_ready(nodes, models, notifier)),
@@ -75,6 +76,12 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
         await nodes.close()
         await store.close()
         models.close()
+
+
+def told(address: tuple[str | int, ...]) -> str:
+    """An address to listen on, for people."""
+    host, port = address[:2]
+    return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
 
 
 async def tell_when_ready(nodes: Nodes, models: Models, notifier: Notifier) -> None:

@@ -1,5 +1,6 @@
 """From a job's tokens to what its choices say: text as it becomes certain, log probabilities with their tokens."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -89,11 +90,12 @@ class Telling:
         self.job, self.record = job, record
         self.prompt_logprobs: list[TokenLogprobs] = []
         self._asked, self._first, self.tokenizer = asked, first, tokenizer
-        self._prompt_told: tuple[Told, ...] = ()
-        self._prompt = prompt_text(asked, job, first // asked.n, tokenizer) if asked.echo else ""
+        self._prompt, self._prompt_told = "", ()
 
     async def parts(self, flow: Flow) -> AsyncGenerator[Part, None]:
         """Every choice's parts, each choice's in order. A stop string ends its choice, and the others go on."""
+        if self._asked.echo:
+            self._prompt = await asyncio.to_thread(self._prompt_text)
         progress = Progress(self.job)
         choices = [
             Choice(self._first + choice, self.tokenizer, self._asked, len(self._prompt)) for choice in self.job.choices
@@ -105,7 +107,7 @@ class Telling:
                     continue
                 choice = choices[piece.choice]
                 if self._asked.echo and not choice.begun:
-                    yield self._echo(self._first + piece.choice)
+                    yield await self._echo(self._first + piece.choice)
                 part = choice.take(piece)
                 if self._asked.max_tokens == 0:  # the token was drawn for the prompt's sake alone
                     part = Part(part.index, "", (), "length")
@@ -114,17 +116,17 @@ class Telling:
                 self.record.output_tokens += len(part.token_ids)
                 yield part
 
-    def _echo(self, index: int) -> Part:
+    def _prompt_text(self) -> str:
+        """The prompt as the client wrote it; one of token ids, as it reads."""
+        prompt = self._asked.prompts[self._first // self._asked.n]
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(self.job.token_ids)
+
+    async def _echo(self, index: int) -> Part:
         """The prompt, before a choice's own text."""
         if self._asked.logprobs is not None and not self._prompt_told:
-            self._prompt_told = Offsets(self.tokenizer).tell(self.job.token_ids, [None, *self.prompt_logprobs])
+            told = [None, *self.prompt_logprobs]
+            self._prompt_told = await asyncio.to_thread(Offsets(self.tokenizer).tell, self.job.token_ids, told)
         return Part(index, self._prompt, (), told=self._prompt_told)
-
-
-def prompt_text(asked: GenerationRequest, job: Job, number: int, tokenizer: Tokenizer) -> str:
-    """A prompt as the client wrote it; one of token ids, as it reads."""
-    prompt = asked.prompts[number]
-    return prompt if isinstance(prompt, str) else tokenizer.decode(job.token_ids)
 
 
 def tellings(

@@ -68,7 +68,7 @@ class Generator:
         request["counted"] = True
         self._open += 1
         self._metrics.open_requests.set(self._open)
-        arrived, outcome, records = self._clock.now(), "cancelled", []
+        arrived, outcome, records, refused = self._clock.now(), "cancelled", [], False
         try:
             name = self._models.name_of(asked.model)
             allowed = self._config.request_s
@@ -80,11 +80,11 @@ class Generator:
             records += [Record(job.request_id, len(job.token_ids), arrived) for job in jobs]
             told = tellings(jobs, records, asked, side.tokenizer)
             send = self._stream if asked.stream else self._whole
-            response = await send(request, asked, told, grant)
-            outcome = "ok"
+            response, error = await send(request, asked, told, grant)
+            outcome = "ok" if error is None else outcome_of(error).code
             return response
         except KvferryError as error:
-            outcome = outcome_of(error).code
+            outcome, refused = outcome_of(error).code, True
             raise
         except ConnectionResetError as error:
             log.info("the client is not there: %s", error)
@@ -95,7 +95,7 @@ class Generator:
                 self._idle.set()
             self._metrics.open_requests.set(self._open)
             self._metrics.requests.labels(outcome).inc()
-            if outcome in ("ok", "cancelled"):  # else the refusal is told of
+            if not refused:  # a refusal is told of elsewhere
                 log.info(
                     "%s for tenant %s: %s, %d prompt tokens, %d generated, %.0f ms",
                     asked.kind, tenant.keys.pseudonym, outcome, sum(record.prompt_tokens for record in records),
@@ -134,7 +134,8 @@ class Generator:
 
     async def _whole(
         self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling], grant: Grant
-    ) -> web.StreamResponse:
+    ) -> tuple[web.StreamResponse, None]:
+        """The answer in one piece. Raises what it ended in."""
         answer = self._answer(request, asked, told)
         async with aclosing(self._parts(asked, told, grant)) as arriving:
             parts = joined([part async for part in arriving], len(told) * asked.n)
@@ -147,11 +148,13 @@ class Generator:
             return answer.whole(parts, usage, prompts)
 
         body = shaped() if asked.logprobs is None and top is None else await asyncio.to_thread(shaped)
-        return await send_json(request, body, self._limits.write_s, {"X-Request-Id": request["id"]})
+        return await send_json(request, body, self._limits.write_s, {"X-Request-Id": request["id"]}), None
 
     async def _stream(
         self, request: web.Request, asked: GenerationRequest, told: Sequence[Telling], grant: Grant
-    ) -> web.StreamResponse:
+    ) -> tuple[web.StreamResponse, Exception | None]:
+        """The answer as a stream, and the error that is its last event, if it ended in one. Raises what comes before
+        the first event."""
         answer = self._answer(request, asked, told)
         events = EventStream(request, self._limits.write_s, {"X-Request-Id": request["id"]})
         try:
@@ -163,6 +166,7 @@ class Generator:
             if asked.include_usage:
                 await events.data(answer.usage_chunk(usage_of_all([one.record for one in told])))
             await events.done()
+            return events.response, None
         except ConnectionResetError:
             raise
         except Exception as error:
@@ -171,7 +175,7 @@ class Generator:
             known = isinstance(error, KvferryError)
             log.warning("a stream ended in an error: %s", error, exc_info=not known)
             await events.error(error_body(error))
-        return events.response
+            return events.response, error
 
     async def _parts(
         self, asked: GenerationRequest, told: Sequence[Telling], grant: Grant

@@ -136,7 +136,8 @@ class Quota:
         limits, tokens = self.limits, sum(lengths)
         if limits.prompt_tokens is not None and max(lengths) > limits.prompt_tokens:
             raise InvalidRequest(
-                f"the prompt has {max(lengths)} tokens; this tenant's limit is {limits.prompt_tokens} a prompt"
+                f"the prompt has {max(lengths)} tokens; this tenant's limit is {limits.prompt_tokens} a prompt",
+                "prompt",
             )
         self._check_blocks(blocks)
         if self._tokens is not None:

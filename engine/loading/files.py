@@ -48,7 +48,7 @@ def find_folder(model: str, revision: str | None, wanted: Sequence[str] = WANTED
             raise ConfigError(f"--revision {revision} is for models of the hub, and {model} is a folder")
         return path
     at = "" if revision is None else f" at revision {revision}"
-    where = "of the hub's cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "that the hub gives"
+    where = "of the hub's cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "that could be fetched"
     with told_as(f"{model!r}{at} is neither a folder nor a model {where}"):
         folder = snapshot_download(
             model,

@@ -8,7 +8,7 @@ import pytest
 from kvferry.cli import serve
 from kvferry.cli.layers import Settings, resolve
 from kvferry.cli.models import Found
-from kvferry.cli.plan import Plan, lines, make_plan, ready_line, stages, understood_plan, with_model
+from kvferry.cli.plan import ROUTER_DRAIN_S, Plan, lines, make_plan, ready_line, stages, understood_plan, with_model
 from kvferry.cli.roles import FLAGS
 from kvferry.common.errors import ConfigError
 
@@ -113,3 +113,10 @@ def test_people_are_told_the_plan():
         assert part in shown
     assert "prefill  0" not in "\n".join(lines(plan_of(serve__prefill="0"), 0))
     assert ready_line(plan).startswith("kvferry is ready: http://[::1]:81/v1  model m  (1 prefill, 1 decode, store 4.0")
+
+
+def test_serve_waits_for_a_router_that_may_drain_for_long():
+    """However it was told: its default under serve is short."""
+    for extra, seconds in (([], ROUTER_DRAIN_S), (["--drain-seconds=8"], 8.0)):
+        *_, router = stages(plan_of(serve__router_arg=extra), ("kvferry",))[-1]
+        assert router.drain_s == seconds

@@ -25,6 +25,8 @@ with open(starts, "a") as f:
     f.write(f"{os.getpid()} {time.monotonic()}\\n")
 life = lives[min(len(starts.read_text().splitlines()), len(lives)) - 1]
 def end(*_):
+    if life == "drains":
+        time.sleep(1.2)
     with open(folder / "ends", "a") as f:
         f.write(name + "\\n")
     sys.exit(0)
@@ -47,7 +49,7 @@ while True:
 class Run:
     """One supervised system of scripts; `lives` says what each start of a child does, the last one for the rest."""
 
-    def __init__(self, folder, **lives: str):
+    def __init__(self, folder, drain_s: float = 0.0, **lives: str):
         self.folder = folder
         self.notes: list = []
         self.ready = asyncio.Event()
@@ -57,6 +59,7 @@ class Run:
                 name,
                 (sys.executable, "-c", CHILD, str(folder), name, life),
                 restart=name != "router",
+                drain_s=drain_s if name == "router" else 0.0,
                 meanwhile="nothing is found" if name == "store" else "",
             )
             for name, life in lives.items()
@@ -91,8 +94,24 @@ async def until(condition, seconds: float = 10.0) -> None:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.02)
-    monkeypatch.setattr(supervisor, "FRONT_STOP_S", 0.6)
+    monkeypatch.setattr(supervisor, "STOP_S", 0.6)
     monkeypatch.setattr(supervisor, "REST_STOP_S", 0.6)
+
+
+@pytest.mark.parametrize(("drain_s", "first"), [(0.2, False), (1.5, True)])
+def test_the_front_has_the_time_that_it_may_take_to_drain(tmp_path, drain_s, first):
+    """It takes 1.2 s: the others serve it until then, if that is what it may take."""
+
+    async def scenario():
+        run = Run(tmp_path, drain_s, store="lives", worker="lives", router="drains")
+        work = run.go()
+        await asyncio.wait_for(run.ready.wait(), 10)
+        run.stop.set()
+        await asyncio.wait_for(work, 10)
+        assert (run.ends()[0] == "router") == first
+        run.check_nothing_left()
+
+    asyncio.run(scenario())
 
 
 def test_starts_in_order_and_ends_the_front_first(tmp_path):

@@ -60,6 +60,19 @@ def test_refusals_are_counted(llama):
         assert metrics(llama)[key] == told.get(key, 0) + 1
 
 
+def test_a_stream_that_ends_in_an_error_counts_as_that(llama, prompts):
+    timeout, ok = (("kvferry_requests_total", frozenset({("outcome", outcome)})) for outcome in ("timeout", "ok"))
+    for seconds in (0.1, 0.2, 0.4, 0.8, 1.6):  # until it is in mid-stream
+        told = metrics(llama)
+        body = {"model": "llama", "prompt": prompts.tokens(20), "max_tokens": 900, "ignore_eos": True, "stream": True}
+        reply = llama.post("/v1/completions", {**body, "timeout": seconds})
+        if reply.status == 200 and reply.text:
+            break
+    assert reply.error["code"] == "timeout", "it should have been in mid-stream"
+    assert metrics(llama)[timeout] == told.get(timeout, 0) + 1
+    assert metrics(llama)[ok] == told[ok]
+
+
 def test_metrics_of_nodes_and_store(llama):
     told = metrics(llama)
     nodes = {node["address"]: node for node in llama.nodes()["nodes"]}
