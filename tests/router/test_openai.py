@@ -628,7 +628,7 @@ def test_missing_fields(kind):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b"", "not valid JSON"),
+        (b"", "the body is empty"),
         (b"{", "not valid JSON"),
         (b"[]", "must be a JSON object, not a list"),
         (b'"x"', "must be a JSON object, not a string"),
