@@ -105,7 +105,9 @@ class TestDeadWorkers:
             cluster.flush(prompts)
         assert again.cached == 784
 
-    @pytest.mark.parametrize("known", [False, True], ids=["cold", "warm"])
+    @pytest.mark.parametrize(
+        "known", [pytest.param(False, marks=pytest.mark.long, id="cold"), pytest.param(True, id="warm")]
+    )
     def test_decode_killed_in_a_stream(self, known, cluster, oracle, prompts):
         prompt, decode = prompts.tokens(150), cluster.of_role("decode")
         if known:
@@ -186,7 +188,7 @@ class TestStopped:
         assert cluster.store()["writing"]
         return stopped
 
-    @pytest.mark.parametrize("alone", [True, False])
+    @pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.long)])
     def test_it_comes_too_late(self, alone, cluster, oracle, prompts):
         """`alone`: nobody else asks for the same blocks, and may have published them, meanwhile."""
         prompt = prompts.tokens(200)

@@ -303,6 +303,7 @@ def test_what_a_client_says_of_tenants_is_dropped(house, prompts):
         assert house.post(second, prompt, **{field: "one"}).status_code == 400
 
 
+@pytest.mark.long
 def test_a_tenant_of_more_weight_goes_first_more_often(own, folder, prompts):
     """One place for all, and both have twelve requests for it: when the one that weighs eight times as much is done,
     the other has had some one or two."""

@@ -57,7 +57,7 @@ def break_sums(house: Path) -> None:
     vectors.write_text(source.replace("self.builder.fadd(", "self.builder.fsub(", 1))
 
 
-@pytest.mark.parametrize("beside_the_sources", [True, False])
+@pytest.mark.parametrize("beside_the_sources", [pytest.param(True, marks=pytest.mark.long), False])
 def test_compiled_kernels_are_kept_until_any_source_changes(house, beside_the_sources):
     if not beside_the_sources:
         (house / "kernels" / "__pycache__").write_text("a file where the folder would be")
@@ -81,7 +81,7 @@ def test_code_is_not_kept_as_that_of_sources_which_it_was_not_made_of(house):
     assert run(house) == "0 [[0.0, 0.0, 0.0]]"
 
 
-@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("kind", [pytest.param("nbi", marks=pytest.mark.long), "nbc"])
 def test_kept_code_that_is_damaged_is_made_again(house, kind):
     assert run(house) == f"0 {RIGHT}"
     (damaged,) = house.glob(f"kernels/__pycache__/few_rows-*/**/*.{kind}")
