@@ -110,6 +110,27 @@ def test_filled_by_another_node(models, length):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("length", [30, 31, 32])
+def test_a_branch_publishes_every_block_of_its_own(models, length):
+    """Also the one that its first token, which a fill has chosen, makes full: a chat's next turn begins with it."""
+    prompt = prompt_of(length)
+
+    async def main():
+        async with running(models["llama"]) as node:
+            fill, report = await node.fill(prompt, n=2, **DRAWN)
+            progress = pb.FillProgress(
+                committed_blocks=report.committed_blocks, first_tokens=report.first_tokens, done=True
+            )
+            told = await continued(node, node.sequence(prompt, 40, n=2, **DRAWN), pb.ContinueCommand(progress=progress))
+            for choice, first in enumerate(report.first_tokens):
+                tokens = [*prompt, first.token_id, *told[choice]]
+                names = node.scope.chain(tokens[:-1])  # of the last one there is no KV
+                assert [name in node.store.blocks for name in names] == [True] * len(names)
+            fill.close()
+
+    asyncio.run(main())
+
+
 async def continued(node, seq, *given: pb.ContinueCommand) -> dict[int, list[int]]:
     """What a decode node sends for a sequence, by choice, given these commands."""
 
