@@ -13,7 +13,7 @@ from kvferry.cli.roles import FLAGS
 from kvferry.cli.supervisor import ChildSpec
 from kvferry.common.config import EngineConfig, LogConfig, RouterConfig, ServeConfig, StoreConfig, WorkerConfig
 from kvferry.common.errors import ConfigError
-from kvferry.common.values import size_text
+from kvferry.common.values import size_text, url_of
 from kvferry.router.limits import Limits
 
 MEANWHILE: Mapping[str, str] = MappingProxyType(
@@ -48,15 +48,11 @@ class Plan:
 
     @property
     def url(self) -> str:
-        return f"http://{in_url(self.router.host)}:{self.router.port}/v1"
+        return url_of(self.router.host, self.router.port) + "/v1"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{in_url(self.router.admin_host)}:{self.router.admin_port}/metrics"
-
-
-def in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+        return url_of(self.router.admin_host, self.router.admin_port) + "/metrics"
 
 
 def make_plan(settings: Settings, folder: Path, cores: int) -> Plan:

@@ -73,3 +73,8 @@ def require_least(config: Any, least: int, *names: str) -> None:
         value = getattr(config, one.name)
         if one.name in names and value is not None and value < least:
             raise ConfigError(f"{key_of(one)} is {value}; it must be at least {least}")
+
+
+def url_of(host: str, port: int) -> str:
+    """Where somebody listens, for people and their clients."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

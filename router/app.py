@@ -14,6 +14,7 @@ from kvferry.common.clock import MonotonicClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import Unavailable
 from kvferry.common.process import Notifier
+from kvferry.common.values import url_of
 from kvferry.kvstore.client import StoreClient
 from kvferry.router.accounting import Metrics
 from kvferry.router.admin import admin_app
@@ -34,7 +35,7 @@ from kvferry.router.tenants import LiveTenants, Tenant, Tenants
 from kvferry.router.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize
 
 READY_LOOK_S = 30.0
-INLINE_BYTES = 2**16  # parsed in some 10 ms at most
+INLINE_BYTES = 2**16  # of a body; a larger one is parsed in a thread
 THREADS = 2  # for what would hold the event loop; each more would take Python's lock from it more often
 T = TypeVar("T")
 
@@ -59,7 +60,9 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
         admin = admin_app(nodes, store, metrics)
         runners.append(await listen(admin, config.admin_host, config.admin_port, limits))
         runners.append(await listen(front.app(), config.host, config.port, limits))
-        log.info("listening on %s, operators on %s", *(told(runner.addresses[0]) for runner in reversed(runners)))
+        log.info(
+            "listening on %s, operators on %s", *(url_of(*runner.addresses[0][:2]) for runner in reversed(runners))
+        )
         tasks = [
             asyncio.create_task(models.follow()),
             asyncio.create_task(tell_when_ready(nodes, models, notifier)),
@@ -76,12 +79,6 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
         await nodes.close()
         await store.close()
         models.close()
-
-
-def told(address: tuple[str | int, ...]) -> str:
-    """An address to listen on, for people."""
-    host, port = address[:2]
-    return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
 
 
 async def tell_when_ready(nodes: Nodes, models: Models, notifier: Notifier) -> None:

@@ -27,7 +27,7 @@ ANYTHING = object()  # in a table of neutral values: any value is
 
 def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
     """The object in a body. NaN, Infinity, numbers out of range and unpaired surrogates are not JSON and refused here.
-    What has too many values is refused before it is made into objects: those cost a hundred times what bytes do."""
+    What has too many values is refused before it is made into objects."""
     if not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object")
     check_values(body, limits)

@@ -134,8 +134,7 @@ class Flow:
     async def run(self, job: Job, record: Record, progress: Progress, attempt: int = 1) -> AsyncGenerator[Piece, None]:
         """Yield the tokens of the job's choices that go on, each choice's in order; what was asked of the prompt comes
         before them. Raises a KvferryError if it cannot be finished in time, counted from the record's arrival."""
-        allowed = self._config.request_s
-        give_up = record.arrived + (allowed if job.timeout_s is None else min(job.timeout_s, allowed))
+        give_up = self.give_up(record.arrived, job.timeout_s)
         while True:
             record.attempts = max(record.attempts, attempt)
             await self._ready_again(job.model, give_up)  # to fail here is final
@@ -206,6 +205,11 @@ class Flow:
     async def close(self) -> None:
         """Wait for what was left to finish behind answers that were sent."""
         await asyncio.gather(*self._finishing, return_exceptions=True)
+
+    def give_up(self, arrived: float, timeout_s: float | None) -> float:
+        """When a request's time is over: the client's own, within what the router allows."""
+        allowed = self._config.request_s
+        return arrived + (allowed if timeout_s is None else min(timeout_s, allowed))
 
     async def ready_model(self, name: str, give_up: float = inf) -> ServedModel:
         """The model of that name, as the least loaded decode node runs it; waits a while for one to come up. Raises

@@ -29,7 +29,7 @@ from kvferry.router.sse import EventStream, send_json
 from kvferry.router.tenants import Tenant
 from kvferry.router.text import Tokenizer
 
-INLINE_TOLD = 1000  # log probabilities, shaped in some 8 ms; more of them are in a thread
+INLINE_TOLD = 1000  # log probabilities; more of them are shaped in a thread
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,7 @@ class Generator:
         arrived, outcome, records, refused = self._clock.now(), "cancelled", [], False
         try:
             name = self._models.name_of(asked.model)
-            allowed = self._config.request_s
-            give_up = arrived + (allowed if asked.timeout_s is None else min(asked.timeout_s, allowed))
-            model = await self._flow.ready_model(name, give_up)
+            model = await self._flow.ready_model(name, self._flow.give_up(arrived, asked.timeout_s))
             side = self._models.side_of(model.tokenizer)
             asked = replace(asked.advised(side.defaults), model=name)
             jobs = await self._jobs(asked, model, side.tokenizer, tenant, grant, request["id"])

@@ -68,14 +68,13 @@ class Models:
         if not self._wanted(model.tokenizer):
             return
         try:
-            await self.load(model.tokenizer)
+            return await self.load(model.tokenizer)
         except ConfigError as error:
-            self._again_at[model.tokenizer] = time.monotonic() + AGAIN_S
             log.error("%s, which %s runs, is not served: %s; tell the worker by --tokenizer where it is on this host",
                       model.name, node.address, error)  # fmt: skip
         except Exception:
-            self._again_at[model.tokenizer] = time.monotonic() + AGAIN_S
             log.exception("%s, which %s runs, is not served", model.name, node.address)
+        self._again_at[model.tokenizer] = time.monotonic() + AGAIN_S
 
     def close(self) -> None:
         for side in self._sides.values():
