@@ -101,8 +101,12 @@ def test_private_folder_is_private_and_short():
 def test_open_port():
     port = open_port("127.0.0.1", 0, "--port")
     assert open_port("127.0.0.1", port, "--port") == port
-    with pytest.raises(ConfigError, match="give another --port"):
-        open_port("192.0.2.1", 0, "--port")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port}: Address already in use; give another --admin-port"):
+            open_port("127.0.0.1", port, "--admin-port")
+    with pytest.raises(ConfigError, match="192.0.2.1 port 0: .*; give another --admin-host"):
+        open_port("192.0.2.1", 0, "--admin-port")
 
 
 @pytest.mark.parametrize(
