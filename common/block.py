@@ -6,7 +6,6 @@ and write its heads as one contiguous range.
 """
 
 from dataclasses import dataclass
-from typing import NewType
 
 import xxhash
 
@@ -16,8 +15,7 @@ LAYOUT_VERSION = 1
 PAGE_BYTES = 4096
 MAX_SEGMENTS = 8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-Checksum = NewType("Checksum", bytes)  # XXH3-128 of one segment, 16 bytes big-endian
+PROOF_BYTES = 16  # of each segment: XXH3-128 big-endian of a plain one, the AES-GCM tag of a sealed one
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ def slot_stride(block_bytes: int) -> int:
     return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def segment_checksums(payload: memoryview, segments: int) -> tuple[Checksum, ...]:
-    """XXH3-128 of each of the `segments` equal parts of a block's bytes."""
+def segment_checksums(payload: memoryview, segments: int) -> bytes:
+    """XXH3-128 of each of the `segments` equal parts of a block's bytes, `PROOF_BYTES` a segment, in order."""
     size = len(payload) // segments
-    return tuple(Checksum(xxhash.xxh3_128_digest(payload[i * size : (i + 1) * size])) for i in range(segments))
+    return b"".join([xxhash.xxh3_128_digest(payload[i * size : (i + 1) * size]) for i in range(segments)])

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NewType
 
+import msgspec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -29,6 +30,7 @@ TenantId = NewType("TenantId", str)
 NAME_BYTES = 32
 KEY_BYTES = 32
 TENANT_SALT_BYTES = 32
+SEGMENT = 64  # blocks of a chain that the directory keeps side by side
 
 
 def length_prefixed(*fields: str | bytes | int) -> bytes:
@@ -59,24 +61,65 @@ def derive_key(secret: bytes, purpose: str, tenant: TenantId, tenant_salt: bytes
 
 @dataclass(frozen=True, slots=True)
 class TenantKeys:
-    """What a worker needs of a tenant: the key of its names and a pseudonym. Neither tells the tenant's name.
+    """What a worker needs of a tenant: the key of its names, the key its blocks are sealed with, and a pseudonym. None
+    tells the tenant's name.
 
-    `chain` is secret: it is left out of every repr and must never be logged. `pseudonym` is 16 hex digits derived
-    from it, so it changes when the tenant's salt does.
+    `chain` and `seal` are secret: they are left out of every repr and must never be logged. Without `seal` the blocks
+    are plain. `pseudonym` is 16 hex digits derived from `chain`, so it changes when the tenant's salt does.
     """
 
     chain: bytes = field(repr=False)
+    seal: bytes | None = field(repr=False)
     pseudonym: str
 
     @classmethod
     def derive(cls, secret: bytes, tenant: TenantId, tenant_salt: bytes) -> "TenantKeys":
-        return cls.from_chain_key(derive_key(secret, "chain", tenant, tenant_salt))
+        return cls.of(*(derive_key(secret, purpose, tenant, tenant_salt) for purpose in ("chain", "seal")))
 
     @classmethod
-    def from_chain_key(cls, chain: bytes) -> "TenantKeys":
-        if len(chain) != KEY_BYTES:
-            raise ValueError(f"a chain key has {KEY_BYTES} bytes, not {len(chain)}")
-        return cls(chain, blake2b(key=chain, person=b"kvf-tenant", digest_size=8).hexdigest())
+    def of(cls, chain: bytes, seal: bytes | None = None) -> "TenantKeys":
+        """Raises ValueError for a key of another length than `KEY_BYTES`."""
+        if len(chain) != KEY_BYTES or (seal is not None and len(seal) != KEY_BYTES):
+            raise ValueError(f"a tenant's keys have {KEY_BYTES} bytes each")
+        return cls(chain, seal, blake2b(key=chain, person=b"kvf-tenant", digest_size=8).hexdigest())
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive blocks of one chain. `first` is the place of `names[0]` in it, `parent` the name before that (the
+    scope's root for the chain's first block).
+
+    The directory keeps the names of one segment of `SEGMENT` blocks together; `anchor` is the name of the block at
+    which the segment of `names[0]` begins.
+    """
+
+    names: tuple[BlockName, ...]
+    first: int
+    parent: BlockName
+    anchor: BlockName
+
+    @classmethod
+    def of(cls, names: Sequence[BlockName], root: BlockName, first: int = 0, end: int | None = None) -> "Span":
+        """Blocks `first .. end - 1` of a chain whose names, from its first block on, are given."""
+        part = tuple(names[first:end])
+        at = first // SEGMENT * SEGMENT
+        return cls(part, first, names[first - 1] if first else root, names[at] if part else root)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def from_(self, offset: int, end: int | None = None) -> "Span":
+        """The part of it from its block `offset` on."""
+        if not offset:
+            return self if end is None else Span(self.names[:end], self.first, self.parent, self.anchor)
+        names = self.names[offset:end]
+        anchor = self.anchors(offset, offset + 1)[0] if names else self.anchor
+        return Span(names, self.first + offset, self.names[offset - 1], anchor)
+
+    def anchors(self, start: int = 0, end: int | None = None) -> list[BlockName]:
+        """For each of `names[start:end]`, the name of the block at which its segment begins."""
+        first = self.first
+        begins = (i - (first + i) % SEGMENT for i in range(*slice(start, end).indices(len(self.names))))
+        return [self.names[i] if i >= 0 else self.anchor for i in begins]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from kvferry.common.block import Checksum
-from kvferry.common.hashing import BlockName
+from kvferry.common.hashing import BlockName, Span
 
 
 class MissReason(str, Enum):
@@ -25,24 +24,35 @@ class MissReason(str, Enum):
 
 
 class Located(msgspec.Struct, frozen=True, array_like=True):
-    """Where a leased block lies: a slot of the arena whose boot id the lease carries, and how to verify its bytes."""
+    """Where a leased block lies, a slot of the arena whose boot id the lease carries, and how to verify its bytes.
 
-    name: BlockName
+    `proofs`: 16 bytes a segment, XXH3-128 of a plain block or the tags of a sealed one. `salt`: 16 random bytes that a
+    sealed block's key is made with; empty for a plain block.
+    """
+
     slot: int
-    checksums: tuple[Checksum, ...]
+    salt: bytes
+    proofs: bytes
 
 
 class Match(msgspec.Struct, frozen=True):
     """The answer to a look-up: the leading names that are there.
 
-    `lease` is 0 when nothing was leased (no match, or a look-up that asked for none). `boot_id` says which arena the
-    slots mean. `miss` is why the first name after the match is not there; None if every name is.
+    `coming`: how many more, right behind them, are on their way from other hosts; to a look-up that leases nothing, how
+    many more other hosts seem to have. `lease` is 0 when nothing was leased (no match, or a look-up that asked for
+    none). `boot_id` says which arena the slots mean. `miss` is why the first name after all these is not there; None if
+    every name is.
     """
 
     blocks: tuple[Located, ...] = ()
+    coming: int = 0
     lease: int = 0
     boot_id: bytes = b""
     miss: MissReason | None = None
+
+    def __len__(self) -> int:
+        """Leading names that are there or on their way."""
+        return len(self.blocks) + self.coming
 
 
 class Claim(str, Enum):
@@ -50,14 +60,13 @@ class Claim(str, Enum):
 
     GRANTED = "granted"  # ours to compute and publish
     PRESENT = "present"  # committed already; leased with the reservation
-    TAKEN = "taken"  # somebody else is computing it
+    TAKEN = "taken"  # somebody else is computing it, or bringing it here
     REFUSED = "refused"  # the store is not there, or a bound is reached
 
 
 class Reservation(msgspec.Struct, frozen=True):
-    """`claims[i]` is for `names[i]`. `lease` is 0 when nothing was granted or present."""
+    """`claims[i]` is for the span's `names[i]`. `lease` is 0 when nothing was granted or present."""
 
-    names: tuple[BlockName, ...]
     claims: tuple[Claim, ...]
     lease: int = 0
     boot_id: bytes = b""
@@ -89,6 +98,7 @@ class StoreStats(msgspec.Struct, frozen=True):
     publish_dropped: int = 0
     late_commits: int = 0
     evicted: int = 0
+    erased: int = 0
     bad_blocks: int = 0
     lookups: int = 0
     blocks_looked_up: int = 0
@@ -99,31 +109,39 @@ class StoreStats(msgspec.Struct, frozen=True):
 class BlockStore(Protocol):
     """Six verbs. No method raises for a store that is slow, full, restarted or gone; it answers "nothing there"."""
 
-    async def lookup(self, names: Sequence[BlockName], *, wait_s: float = 0.0, lease: bool = True) -> Match:
-        """Find the leading names that are committed and, unless told otherwise, lease them.
+    async def lookup(
+        self, span: Span, *, tenant: str = "", wait_s: float = 0.0, lease: bool = True, holder: str = ""
+    ) -> Match:
+        """Find the leading names of a span that are committed and, unless told otherwise, lease them. What other hosts
+        have of the rest begins to come, kept for `tenant` (a pseudonym); `holder` is a store node that should have it
+        all, for one that knows better than the directory.
 
-        With `wait_s`, a first missing name that is being computed is waited for, until all names are there or nobody
-        is computing the first missing one. Several streams share a connection, so it may be the caller's own: who
-        waits must have reserved nothing. `lease=False` peeks: no lease, no recency, no hit counted.
+        With `wait_s`, a first missing name that is being computed, on whatever host, is waited for, until all names
+        are there or nobody is computing the first missing one. Several streams share a connection, so it may be the
+        caller's own: who waits must have reserved nothing. `lease=False` peeks: no lease, no recency, no hit counted,
+        and nothing is brought here.
         """
         ...
 
-    async def reserve(self, names: Sequence[BlockName], *, parent: BlockName, tenant: str) -> Reservation:
-        """Claim names, a chain that continues `parent`, for computing; takes no memory yet. `tenant` is a pseudonym."""
+    async def reserve(self, span: Span, *, tenant: str) -> Reservation:
+        """Claim a span's names for computing; takes no memory yet. `tenant` is a pseudonym."""
         ...
 
-    async def publish(self, reservation: Reservation, blocks: Sequence[Payload]) -> int:
-        """Copy blocks that `reservation` granted into the store and commit them, in chain order.
+    async def publish(self, reservation: Reservation, blocks: Sequence[Payload], seal: bytes | None = None) -> int:
+        """Copy blocks that `reservation` granted into the store and commit them, in chain order; sealed with keys made
+        of `seal`, the tenant's K(seal), or plain without it.
 
         Returns how many leading ones are there now (committed by us, or by somebody before us). The rest was dropped.
         The bytes must not change until this returns.
         """
         ...
 
-    async def pull(self, match: Match, into: Sequence[memoryview]) -> int:
-        """Copy the first `len(into)` blocks of a leased match to their destination and verify them there.
+    async def pull(self, match: Match, into: Sequence[memoryview], seal: bytes | None = None) -> int:
+        """Copy the first `len(into)` blocks of a leased match, those that are coming as they come, to their destination
+        and verify them there: opened with `seal`, or without it plain ones.
 
-        Returns how many leading blocks are good; destinations from there on hold rubbish. A bad block is quarantined.
+        Returns how many leading blocks are good; destinations from there on hold rubbish. A bad block, or one that is
+        plain and should be sealed or the other way round, is quarantined.
         """
         ...
 

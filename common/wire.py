@@ -88,6 +88,7 @@ def sequence_to_wire(
     params: SamplingParams,
     priority: int = 0,
     weight: float = 1.0,
+    sealed: bool = False,
 ) -> pb.Sequence:
     return pb.Sequence(
         request_id=request_id,
@@ -99,11 +100,15 @@ def sequence_to_wire(
         sampling=sampling_to_wire(params),
         priority=priority,
         weight=weight,
+        seal_key=scope.keys.seal or b"",
+        sealed=sealed,
     )
 
 
-def scope_from_wire(sequence: pb.Sequence, layout: BlockLayout) -> CacheScope:
-    return CacheScope(TenantKeys.from_chain_key(sequence.chain_key), sequence.fingerprint, layout, sequence.cache_salt)
+def scope_from_wire(sequence: pb.Sequence, layout: BlockLayout, sealed: bool = False) -> CacheScope:
+    """A request's scope, whose blocks are sealed if it says so or `sealed` does."""
+    seal = sequence.seal_key or None if sealed or sequence.sealed else None
+    return CacheScope(TenantKeys.of(sequence.chain_key, seal), sequence.fingerprint, layout, sequence.cache_salt)
 
 
 def error_of(error: grpc.aio.AioRpcError) -> KvferryError:

@@ -7,7 +7,7 @@ from enum import Enum
 
 import msgspec
 
-from kvferry.common.hashing import BlockName, CacheScope
+from kvferry.common.hashing import BlockName, CacheScope, Span
 from kvferry.common.sampling import SamplingParams, TokenLogprobs
 from kvferry.engine.batch import Draw
 
@@ -105,6 +105,15 @@ class Sequence:
         """How many blocks may be reused: at least one token is left to compute logits from; none where every prompt
         token's logits are asked for."""
         return 0 if self.params.prompt_logprobs is not None else (len(self.token_ids) - 1) // self.block_size
+
+    @property
+    def seal(self) -> bytes | None:
+        """The key that its blocks are sealed with; None where they are plain."""
+        return self.scope.keys.seal
+
+    def span(self, first: int, end: int) -> Span:
+        """Its named blocks `first .. end - 1`."""
+        return Span.of(self.names, self.scope.root(), first, end)
 
     def extend_names(self) -> None:
         """Name the full blocks that have no name yet."""

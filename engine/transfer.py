@@ -33,8 +33,9 @@ class Transfer:
         self.single_flight_wait_s = single_flight_wait_s
         self._releases: set[asyncio.Task[bool]] = set()
 
-    async def pull(self, seq: Sequence, upto: int) -> int:
-        """Bring blocks below index `upto`, as far as they may be reused, into a restoring sequence's table.
+    async def pull(self, seq: Sequence, upto: int, holder: str = "") -> int:
+        """Bring blocks below index `upto`, as far as they may be reused, into a restoring sequence's table. `holder`:
+        the store node that should have them.
 
         Returns how many came. A block that is missing or bad is left out and later ones are still tried.
         """
@@ -45,12 +46,12 @@ class Transfer:
                 index += 1
                 continue
             end = next((i for i in range(index, upto) if i in seq.filled), upto)
-            match = await self.store.lookup(seq.names[index:end])
+            match = await self.store.lookup(seq.span(index, end), tenant=seq.tenant, holder=holder)
             good = await self._copy_in(seq, admission, match, index)
             pulled += good
             index += good
             if index < end:
-                if good == len(match.blocks) and match.miss not in HOLE_REASONS:
+                if good == len(match) and match.miss not in HOLE_REASONS:
                     break
                 index, holes = index + 1, holes + 1
         return pulled
@@ -59,12 +60,12 @@ class Transfer:
         """Copy a match into the table from index `first`; how many of its blocks are good and still wanted."""
         if not match.lease:
             return 0
-        blocks = seq.block_table[first : first + len(match.blocks)] if still_restoring(seq, admission) else []
+        blocks = seq.block_table[first : first + len(match)] if still_restoring(seq, admission) else []
         self._pool.hold(blocks)
         good, landing = 0, self._memory.landing(blocks)
         try:
             if blocks:
-                good = await self.store.pull(match, landing)
+                good = await self.store.pull(match, landing, seq.seal)
         except asyncio.CancelledError:
             self.release_later(match.lease)
             raise
@@ -89,8 +90,7 @@ class Transfer:
     async def offer(self, seq: Sequence, blocks: list[int], first: int) -> None:
         """Publish computed blocks, `blocks[i]` for `seq.names[first + i]`, unless somebody else has or does. The
         caller holds the blocks."""
-        names = seq.names[first : first + len(blocks)]
-        reservation = await self.store.reserve(names, parent=parent_of(seq, first), tenant=seq.scope.keys.pseudonym)
+        reservation = await self.store.reserve(seq.span(first, first + len(blocks)), tenant=seq.tenant)
         try:
             granted = [i for i, claim in enumerate(reservation.claims) if claim is Claim.GRANTED]
             await self.publish(seq, reservation, [(first + i, blocks[i]) for i in granted])
@@ -104,7 +104,7 @@ class Transfer:
         if not blocks:
             return 0
         payloads = [Payload(seq.names[i], parent_of(seq, i), self._memory.host_view(block)) for i, block in blocks]
-        return await self.store.publish(reservation, payloads)
+        return await self.store.publish(reservation, payloads, seq.seal)
 
     def background(self, seq: Sequence, publish: "Publish", first: int = 0) -> "BackgroundPublisher":
         return BackgroundPublisher(self._pool, seq, publish, first)
@@ -140,7 +140,8 @@ class FillHolding:
     async def open(self) -> None:
         seq, store = self._seq, self._transfer.store
         for waits_left in range(SINGLE_FLIGHT_WAITS, -1, -1):
-            match = await store.lookup(seq.names)
+            span = seq.span(0, len(seq.names))
+            match = await store.lookup(span, tenant=seq.tenant)
             self._keep(match.lease)
             self._there = set(range(len(match.blocks)))
             taken = await self._reserve(len(match.blocks), len(seq.names)) is Claim.TAKEN
@@ -148,16 +149,14 @@ class FillHolding:
                 break
             if releases := self.close():
                 await asyncio.wait(releases)
-            await store.lookup(seq.names, wait_s=self._transfer.single_flight_wait_s, lease=False)
+            await store.lookup(span, tenant=seq.tenant, wait_s=self._transfer.single_flight_wait_s, lease=False)
 
     async def _reserve(self, first: int, end: int) -> Claim | None:
         """Claim blocks `first .. end - 1`; what the first of them got."""
         if first == end:
             return None
         seq = self._seq
-        reservation = await self._transfer.store.reserve(
-            seq.names[first:end], parent=parent_of(seq, first), tenant=seq.scope.keys.pseudonym
-        )
+        reservation = await self._transfer.store.reserve(seq.span(first, end), tenant=seq.tenant)
         self._keep(reservation.lease)
         for index, claim in enumerate(reservation.claims, start=first):
             if claim is Claim.PRESENT:

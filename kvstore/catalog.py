@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from kvferry.common.block import Checksum
 from kvferry.common.hashing import BlockName
 from kvferry.common.store_api import Located, MissReason
 from kvferry.kvstore.eviction import EvictionPolicy
@@ -27,14 +26,14 @@ class Committed(msgspec.Struct, eq=False):
     name: BlockName
     parent: BlockName
     tenant: str
-    slot: int
-    checksums: tuple[Checksum, ...]
+    located: Located
     last_use: float
     pins: int = 0
     candidate: bool = False
 
-    def located(self) -> Located:
-        return Located(self.name, self.slot, self.checksums)
+    @property
+    def slot(self) -> int:
+        return self.located.slot
 
 
 class Catalog:

@@ -5,13 +5,15 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+import msgspec
 
 from kvferry.common.block import BlockLayout
 from kvferry.common.config import WorkerConfig
 from kvferry.common.errors import IncompatibleNode
 from kvferry.common.failpoints import Failpoints
-from kvferry.common.hashing import BlockName
+from kvferry.common.hashing import Span
 from kvferry.common.store_api import Claim, Match, MissReason, Payload, Reservation, StoreStats
 from kvferry.kvstore import protocol as say
 from kvferry.kvstore.copying import blocks_per_chunk, copy_in, copy_out
@@ -27,6 +29,14 @@ SPEED_WEIGHT = 0.2  # of the newest chunk in `pull_bytes_per_s`
 
 NOT_THERE = Match(miss=MissReason.STORE_UNREACHABLE)
 T = TypeVar("T")
+
+
+class _Held(NamedTuple):
+    """A lease: the link that gave it, the node's number for it, and what it was asked for."""
+
+    link: Link
+    number: int
+    span: Span
 
 
 class StoreClient:
@@ -50,7 +60,7 @@ class StoreClient:
         self._failpoints = failpoints or Failpoints()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="kvferry-copy")
         self._link: Link | None = None
-        self._leases: dict[int, tuple[Link, int]] = {}  # our handle -> the link that gave it, the node's handle
+        self._leases: dict[int, _Held] = {}  # by our handle
         self._last_lease = 0
         self._keeper: asyncio.Task | None = None
 
@@ -81,13 +91,15 @@ class StoreClient:
 
     # -- the six verbs -------------------------------------------------------------------------------------------
 
-    async def lookup(self, names: Sequence[BlockName], *, wait_s: float = 0.0, lease: bool = True) -> Match:
-        if not names:
+    async def lookup(
+        self, span: Span, *, tenant: str = "", wait_s: float = 0.0, lease: bool = True, holder: str = ""
+    ) -> Match:
+        if not len(span):
             return Match()
         wait_s = min(max(wait_s, 0.0), say.MAX_WAIT_S)
         try:
             link = self._current()
-            request = say.Lookup(link.next_id(), tuple(names[: say.MAX_NAMES]), wait_s, lease)
+            request = say.Lookup(link.next_id(), say.span(span), tenant, holder, wait_s, lease)
             reply = await link.request(
                 request, say.Matched, REPLY_S + wait_s, lambda late: post_release(link, late.match.lease)
             )
@@ -97,62 +109,61 @@ class StoreClient:
         if link.arena is not None and any(not 0 <= block.slot < link.arena.slots for block in match.blocks):
             link.drop("the store names a slot that its arena does not have")
             return NOT_THERE
-        return Match(match.blocks, self._remember(link, match.lease), match.boot_id, match.miss)
+        return msgspec.structs.replace(match, lease=self._remember(link, match.lease, span))
 
-    async def reserve(self, names: Sequence[BlockName], *, parent: BlockName, tenant: str) -> Reservation:
-        names = tuple(names)
-        asked = names[: say.MAX_NAMES]
+    async def reserve(self, span: Span, *, tenant: str) -> Reservation:
         try:
             link = self._current()
-            request = say.Reserve(link.next_id(), asked, parent, tenant)
+            request = say.Reserve(link.next_id(), say.span(span), tenant)
             reply = await link.request(
                 request, say.Reserved, REPLY_S, lambda late: post_release(link, late.reservation.lease)
             )
         except Unreachable:
-            return Reservation(names, (Claim.REFUSED,) * len(names))
+            return Reservation((Claim.REFUSED,) * len(span))
         got = reply.reservation
-        claims = got.claims + (Claim.REFUSED,) * (len(names) - len(asked))
-        return Reservation(names, claims, self._remember(link, got.lease), got.boot_id)
+        claims = got.claims + (Claim.REFUSED,) * (len(span) - len(got.claims))
+        return Reservation(claims, self._remember(link, got.lease, span), got.boot_id)
 
-    async def publish(self, reservation: Reservation, blocks: Sequence[Payload]) -> int:
+    async def publish(self, reservation: Reservation, blocks: Sequence[Payload], seal: bytes | None = None) -> int:
         self._require_block_sizes([block.data for block in blocks])
         if not blocks or (held := self._leases.get(reservation.lease)) is None:
             return 0
-        link, lease = held
         try:
-            return await self._publish(link, lease, blocks[: say.MAX_NAMES])
+            return await self._publish(held.link, held.number, blocks[: say.MAX_NAMES], seal)
         except Unreachable:
             return 0
 
-    async def pull(self, match: Match, into: Sequence[memoryview]) -> int:
+    async def pull(self, match: Match, into: Sequence[memoryview], seal: bytes | None = None) -> int:
         self._require_block_sizes(into)
         into = into[: len(match.blocks)]
         if (held := self._leases.get(match.lease)) is None:
             return 0
-        link, _ = held
+        link, span = held.link, held.span
+        chain = (span.parent, *span.names)
         good = 0
         step = blocks_per_chunk(self._block_bytes)
         for start in range(0, len(into), step):
             chunk = match.blocks[start : min(start + step, len(into))]
             if link.lost.is_set() or link.arena is None:
                 break
-            pulled = await self._in_thread(link, copy_out, link.arena, chunk, into[start : start + len(chunk)])
+            names, room = chain[start : start + len(chunk) + 1], into[start : start + len(chunk)]
+            pulled = await self._in_thread(link, copy_out, link.arena, chunk, names, room, seal)
             self._count_pulled(pulled.good, pulled.seconds)
             good += pulled.good
             if pulled.good < len(chunk):
                 bad = chunk[pulled.good]
                 self.bad_blocks += 1
                 log.warning("a block in slot %d failed verification", bad.slot)
-                link.post(say.Quarantine(link.next_id(), bad.name, bad.slot))
+                link.post(say.Quarantine(link.next_id(), names[pulled.good + 1], bad.slot))
                 break
         return good
 
     async def release(self, lease: int) -> bool:
         if (held := self._leases.pop(lease, None)) is None:
             return False
-        link, number = held
+        link = held.link
         try:
-            reply = await link.request(say.Release(link.next_id(), number), say.Released, REPLY_S)
+            reply = await link.request(say.Release(link.next_id(), held.number), say.Released, REPLY_S)
         except Unreachable:
             return False
         return reply.held
@@ -166,7 +177,7 @@ class StoreClient:
 
     # -- publishing ----------------------------------------------------------------------------------------------
 
-    async def _publish(self, link: Link, lease: int, blocks: Sequence[Payload]) -> int:
+    async def _publish(self, link: Link, lease: int, blocks: Sequence[Payload], seal: bytes | None) -> int:
         """Grant, copy, commit. However this ends, the node is told of every slot that we no longer write."""
         names = tuple([block.name for block in blocks])
         request = say.Grant(link.next_id(), lease, names)
@@ -181,7 +192,7 @@ class StoreClient:
                 end = min(start + step, usable)
                 chunk = [(b, s) for b, s in zip(blocks[start:end], granted.slots[start:end], strict=True)
                          if s is not None]  # fmt: skip
-                outcomes = await self._copy_and_commit(link, lease, chunk, unwritten)
+                outcomes = await self._copy_and_commit(link, lease, chunk, unwritten, seal)
                 if say.CommitOutcome.LATE in outcomes:
                     late = chunk[outcomes.index(say.CommitOutcome.LATE)][0].name
                     return names.index(late, start)
@@ -191,7 +202,7 @@ class StoreClient:
             post_abort(link, unwritten)
 
     async def _copy_and_commit(
-        self, link: Link, lease: int, chunk: list[tuple[Payload, int]], unwritten: set[int]
+        self, link: Link, lease: int, chunk: list[tuple[Payload, int]], unwritten: set[int], seal: bytes | None
     ) -> tuple[say.CommitOutcome, ...]:
         """Fill the slots of a chunk and commit them, which takes them out of `unwritten`."""
         if not chunk:
@@ -199,11 +210,11 @@ class StoreClient:
         if link.lost.is_set() or link.arena is None:
             raise Unreachable("the connection is gone")
         slots = [slot for _, slot in chunk]
-        payloads = [block.data for block, _ in chunk]
-        checksums = await self._in_thread(link, copy_in, link.arena, slots, payloads, self._segments)
+        payloads = [block for block, _ in chunk]
+        proofs = await self._in_thread(link, copy_in, link.arena, slots, payloads, self._segments, seal)
         await self._failpoints.hit("publish.copied")
-        written = tuple([say.Written(block.name, block.parent, slot, sums)
-                         for (block, slot), sums in zip(chunk, checksums, strict=True)])  # fmt: skip
+        written = tuple([say.Written(block.name, block.parent, of.slot, of.salt, of.proofs)
+                         for block, of in zip(payloads, proofs, strict=True)])  # fmt: skip
         unwritten.difference_update(slots)  # the commit ends them, whatever it is answered
         reply = await link.request(say.Commit(link.next_id(), lease, written), say.Committed, REPLY_S)
         self.published_bytes += reply.outcomes.count(say.CommitOutcome.COMMITTED) * self._block_bytes
@@ -243,13 +254,13 @@ class StoreClient:
             raise Unreachable("not connected")
         return self._link
 
-    def _remember(self, link: Link, lease: int) -> int:
+    def _remember(self, link: Link, lease: int, span: Span) -> int:
         """Our handle for a lease that the node gave us. The node's numbers start anew with each node, ours never."""
         if not lease:
             return 0
         self._last_lease += 1
         if not link.lost.is_set():
-            self._leases[self._last_lease] = (link, lease)
+            self._leases[self._last_lease] = _Held(link, lease, span)
         return self._last_lease
 
     async def _connect(self) -> None:
@@ -290,7 +301,7 @@ class StoreClient:
                 await end(touching)
             await link.close()
             self._link = None
-            self._leases = {ours: held for ours, held in self._leases.items() if held[0] is not link}
+            self._leases = {ours: held for ours, held in self._leases.items() if held.link is not link}
 
 
 async def beat(link: Link) -> None:

@@ -93,13 +93,13 @@ class Conversation:
         if not self._hello.block_bytes and not is_harmless(request):
             raise ProtocolError(f"an observer may not {type(request).__name__.lower()}")
         match request:
-            case say.Lookup(id=number, names=names, lease=lease) if not request.wait_s:
-                return say.Matched(number, index.lookup(connection, names, lease=lease))
+            case say.Lookup(id=number, span=span, lease=lease) if not request.wait_s:
+                return say.Matched(number, index.lookup(connection, span.names, lease=lease))
             case say.Lookup():
                 self._wait(request)
                 return None
-            case say.Reserve(id=number, names=names, parent=parent, tenant=tenant):
-                return say.Reserved(number, index.reserve(connection, names, parent=parent, tenant=tenant))
+            case say.Reserve(id=number, span=span, tenant=tenant):
+                return say.Reserved(number, index.reserve(connection, span, tenant=tenant))
             case say.Grant(id=number, lease=lease, names=names):
                 return say.Granted(number, *index.grant(connection, lease, names))
             case say.Commit(id=number, lease=lease, blocks=blocks):
@@ -125,10 +125,10 @@ class Conversation:
     async def _lookup_later(self, request: say.Lookup) -> None:
         """Look up as soon as nobody computes the first missing name, or the time is over. Holds nothing until then."""
         deadline = asyncio.get_running_loop().time() + request.wait_s
-        while (name := self._index.being_computed(request.names)) is not None:
+        while (name := self._index.being_computed(request.span.names)) is not None:
             if not await self._waiters.wait(name, deadline):
                 break
-        match = self._index.lookup(self._connection, request.names, lease=request.lease)
+        match = self._index.lookup(self._connection, request.span.names, lease=request.lease)
         try:
             await self._send(say.Matched(request.id, match))
         except OSError as error:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import msgspec
 
 from kvferry.common.clock import Clock
-from kvferry.common.hashing import BlockName
-from kvferry.common.store_api import Claim, Match, MissReason, Reservation, StoreStats
+from kvferry.common.hashing import BlockName, Span
+from kvferry.common.store_api import Claim, Located, Match, MissReason, Reservation, StoreStats
 from kvferry.kvstore.catalog import Catalog, Committed
 from kvferry.kvstore.eviction import EvictionPolicy
 from kvferry.kvstore.protocol import MAX_NAMES, CommitOutcome, ProtocolError, Written
@@ -127,22 +127,22 @@ class Index:
         """The leading committed names. `lease=False` changes nothing: no lease, no recency, no counter."""
         self.tick()
         found = self._catalog.leading(names)
-        blocks = tuple([block.located() for block in found])
+        blocks = tuple([block.located for block in found])
         miss = None
         if len(found) < len(names):
             first = names[len(found)]
             miss = MissReason.BEING_WRITTEN if first in self._pending else self._catalog.why_missing(first)
         if not lease:
-            return Match(blocks, 0, self._boot_id, miss)
+            return Match(blocks, 0, 0, self._boot_id, miss)
         self._counts["lookups"] += 1
         self._counts["blocks_looked_up"] += len(names)
         self._counts["blocks_found"] += len(found)
         if not found:
-            return Match((), 0, self._boot_id, miss)
+            return Match((), 0, 0, self._boot_id, miss)
         number, held = self._new_lease(connection)
         for block in found:
             self._pin(held, block)
-        return Match(blocks, number, self._boot_id, miss)
+        return Match(blocks, 0, number, self._boot_id, miss)
 
     def being_computed(self, names: Sequence[BlockName]) -> BlockName | None:
         """The first missing name, if anybody is computing it; that may be another stream of the one who asks."""
@@ -152,12 +152,13 @@ class Index:
 
     # -- computing and publishing --------------------------------------------------------------------------------
 
-    def reserve(self, connection: int, names: Sequence[BlockName], *, parent: BlockName, tenant: str) -> Reservation:
+    def reserve(self, connection: int, span: Span, *, tenant: str) -> Reservation:
         self.tick()
         owner = self._connections[connection]
         number, lease = self._new_lease(connection)
         claims = []
-        for name in names:
+        parent = span.parent
+        for name in span.names:
             if name == parent:
                 raise ProtocolError("a block cannot be its own parent")
             if (block := self._catalog.get(name)) is not None:
@@ -175,7 +176,7 @@ class Index:
         if not lease.pinned and not lease.pending:
             del owner.leases[number]
             number = 0
-        return Reservation(tuple(names), tuple(claims), number, self._boot_id)
+        return Reservation(tuple(claims), number, self._boot_id)
 
     def grant(
         self, connection: int, lease: int, names: Sequence[BlockName]
@@ -356,7 +357,8 @@ class Index:
             self._table.commit(writing)
             owner.writing -= 1
             now = self._clock.now()
-            entry = Committed(block.name, block.parent, writing.tenant, block.slot, tuple(block.checksums), now)
+            located = Located(block.slot, block.salt, block.proofs)
+            entry = Committed(block.name, block.parent, writing.tenant, located, now)
             self._catalog.add(entry)
             self._pin(pending.lease, entry)
             self._counts["published"] += 1

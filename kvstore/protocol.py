@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from kvferry.common import hashing
+from kvferry.common.block import MAX_SEGMENTS, PROOF_BYTES
 from kvferry.common.errors import KvferryError
 from kvferry.common.hashing import NAME_BYTES
 from kvferry.common.store_api import Claim, Match, Reservation, StoreStats
@@ -22,14 +24,15 @@ MAX_FRAME_BYTES = 16 * 2**20  # holds a full answer to a look-up of MAX_NAMES na
 MAX_NAMES = 65536
 MAX_WAIT_S = 600.0
 LENGTH = struct.Struct("<I")
+SALT_BYTES = 16
 
 Name = Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=MAX_NAMES)]
 Slot = Annotated[int, Meta(ge=0, lt=2**32)]
 Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # a request's id, or a lease
-Checksums = Annotated[
-    tuple[Annotated[bytes, Meta(min_length=16, max_length=16)], ...], Meta(min_length=1, max_length=8)
-]
+Pseudonym = Annotated[str, Meta(max_length=64)]
+Salt = Annotated[bytes, Meta(max_length=SALT_BYTES)]  # none, or all of it
+Proofs = Annotated[bytes, Meta(min_length=PROOF_BYTES, max_length=MAX_SEGMENTS * PROOF_BYTES)]
 
 
 class ProtocolError(KvferryError):
@@ -67,18 +70,30 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     incompatible: bool = False
 
 
-class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
-    id: Number
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """common.hashing.Span, with its bounds."""
+
     names: Names
+    first: Annotated[int, Meta(ge=0, lt=2**32)]
+    parent: Name
+    anchor: Name
+
+
+class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
+    """`holder` is another node's address, or nothing."""
+
+    id: Number
+    span: Span
+    tenant: Pseudonym = ""
+    holder: Annotated[str, Meta(max_length=300)] = ""
     wait_s: Annotated[float, Meta(ge=0, le=MAX_WAIT_S)] = 0.0
     lease: bool = True
 
 
 class Reserve(msgspec.Struct, frozen=True, tag="reserve"):
     id: Number
-    names: Names
-    parent: Name
-    tenant: Annotated[str, Meta(max_length=64)]
+    span: Span
+    tenant: Pseudonym
 
 
 class Grant(msgspec.Struct, frozen=True, tag="grant"):
@@ -95,7 +110,8 @@ class Written(msgspec.Struct, frozen=True, array_like=True):
     name: Name
     parent: Name
     slot: Slot
-    checksums: Checksums
+    salt: Salt
+    proofs: Proofs
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
@@ -123,7 +139,7 @@ class Renew(msgspec.Struct, frozen=True, tag="renew"):
 
 
 class Quarantine(msgspec.Struct, frozen=True, tag="quarantine"):
-    """The bytes of `name` in `slot` do not match their checksums."""
+    """The bytes of `name` in `slot` do not match their proofs."""
 
     id: Number
     name: Name
@@ -187,6 +203,11 @@ _DECODERS: dict[Kind, msgspec.msgpack.Decoder] = {
     "request": msgspec.msgpack.Decoder(Request),
     "reply": msgspec.msgpack.Decoder(Reply),
 }
+
+
+def span(span: hashing.Span) -> Span:
+    """A span as it is said, cut to the names that one message takes."""
+    return Span(span.names[:MAX_NAMES], span.first, span.parent, span.anchor)
 
 
 def encode(message: Message) -> bytes:

@@ -18,7 +18,7 @@ from math import inf
 from kvferry.common.clock import Clock
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import DeadlineExceeded, Internal, KvferryError, Overloaded, Unauthenticated, Unavailable
-from kvferry.common.hashing import BlockName, CacheScope, TenantKeys
+from kvferry.common.hashing import BlockName, CacheScope, Span, TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.sampling import SamplingParams
 from kvferry.common.store_api import BlockStore
@@ -174,8 +174,8 @@ class Flow:
             params = replace(params, prompt_logprobs=None)
         scores = params.prompt_logprobs is not None  # then decode computes all of the prompt, whoever has it
         if not scores:
-            seen = await self._store.lookup(names[: (len(tokens) - 1) // model.layout.block_size], lease=False)
-            cached = len(seen.blocks) * model.layout.block_size
+            reusable = Span.of(names, scope.root(), end=(len(tokens) - 1) // model.layout.block_size)
+            cached = len(await self._store.lookup(reusable, lease=False)) * model.layout.block_size
         sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), params, job.priority, job.weight)
 
         handover = await self._admitted(job, sequence, cached, names, record, give_up, fills=not scores)

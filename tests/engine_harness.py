@@ -29,7 +29,7 @@ class Node:
         self._execute = self.engine._runner.execute
         self.engine._runner.execute = self._record
         self.engine.on_change(self.engine.scheduler.check_integrity)
-        self.scope = CacheScope(TenantKeys.from_chain_key(b"k" * 32), model.fingerprint, model.layout)
+        self.scope = CacheScope(TenantKeys.of(b"k" * 32), model.fingerprint, model.layout)
 
     def _record(self, plan):
         self.plans.append(plan)

@@ -5,7 +5,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
-from kvferry.common.hashing import BlockName
+from kvferry.common.hashing import BlockName, Span
 from kvferry.common.store_api import Claim, Located, Match, MissReason, Payload, Reservation, StoreStats
 
 
@@ -21,6 +21,7 @@ class MemoryStore:
         self.parents: dict[BlockName, BlockName] = {}
         self.owners: dict[BlockName, int] = {}  # reserved name -> lease
         self.leases: dict[int, set[BlockName]] = {}
+        self.asked: dict[int, Span] = {}  # by lease
         self.evicted: set[BlockName] = set()
         self.bad: set[BlockName] = set()
         self.quarantined: set[BlockName] = set()
@@ -44,8 +45,11 @@ class MemoryStore:
         del self.blocks[name]
         self.evicted.add(name)
 
-    async def lookup(self, names: Sequence[BlockName], *, wait_s: float = 0.0, lease: bool = True) -> Match:
+    async def lookup(
+        self, span: Span, *, tenant: str = "", wait_s: float = 0.0, lease: bool = True, holder: str = ""
+    ) -> Match:
         self.calls["lookup"] += 1
+        names = span.names
 
         def found() -> list[BlockName]:
             return list(names[: next((i for i, name in enumerate(names) if name not in self.blocks), len(names))])
@@ -64,14 +68,15 @@ class MemoryStore:
             reason = MissReason.EVICTED if absent in self.evicted else MissReason.NEVER_STORED
             reason = MissReason.PAYLOAD_BAD if absent in self.quarantined else reason
             reason = MissReason.BEING_WRITTEN if absent in self.owners else reason
-        located = tuple(Located(name, 0, ()) for name in there)
-        return Match(located, self._lease(set(there)) if lease and there else 0, b"boot", reason)
+        handle = self._lease(set(there)) if lease and there else 0
+        self.asked[handle] = span
+        return Match((Located(0, b"", b""),) * len(there), 0, handle, b"boot", reason)
 
-    async def reserve(self, names: Sequence[BlockName], *, parent: BlockName, tenant: str) -> Reservation:
+    async def reserve(self, span: Span, *, tenant: str) -> Reservation:
         self.calls["reserve"] += 1
         claims = []
         lease = self._lease(set())
-        for name in names:
+        for name in span.names:
             if name in self.blocks:
                 claims.append(Claim.PRESENT)
                 self.leases[lease].add(name)
@@ -83,9 +88,9 @@ class MemoryStore:
         if set(claims) <= {Claim.TAKEN}:
             del self.leases[lease]
             lease = 0
-        return Reservation(tuple(names), tuple(claims), lease, b"boot")
+        return Reservation(tuple(claims), lease, b"boot")
 
-    async def publish(self, reservation: Reservation, blocks: Sequence[Payload]) -> int:
+    async def publish(self, reservation: Reservation, blocks: Sequence[Payload], seal: bytes | None = None) -> int:
         self.calls["publish"] += 1
         await self.publishing.wait()
         for done, block in enumerate(blocks):
@@ -99,17 +104,17 @@ class MemoryStore:
             await self._notify()
         return len(blocks)
 
-    async def pull(self, match: Match, into: Sequence[memoryview]) -> int:
+    async def pull(self, match: Match, into: Sequence[memoryview], seal: bytes | None = None) -> int:
         self.calls["pull"] += 1
         await self.pulling.wait()
-        for good, (block, target) in enumerate(zip(match.blocks, into, strict=False)):
-            if block.name in self.bad:
+        for good, (name, target) in enumerate(zip(self.asked[match.lease].names, into, strict=False)):
+            if name in self.bad:
                 target[:] = b"\x7f" * len(target)
-                self.evict(block.name)
-                self.bad.discard(block.name)
-                self.quarantined.add(block.name)
+                self.evict(name)
+                self.bad.discard(name)
+                self.quarantined.add(name)
                 return good
-            target[:] = b"\x7f" * len(target) if self.torn else self.blocks[block.name]
+            target[:] = b"\x7f" * len(target) if self.torn else self.blocks[name]
         return len(into)
 
     async def release(self, lease: int) -> bool:

@@ -10,6 +10,16 @@ class WatchRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ForgetRequest(_message.Message):
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
+
+class Forgotten(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Subscription(_message.Message):
     __slots__ = ("subscriber",)
     SUBSCRIBER_FIELD_NUMBER: _ClassVar[int]
@@ -135,7 +145,7 @@ class BadWord(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("request_id", "chain_key", "cache_salt", "fingerprint", "token_ids", "prompt_len", "sampling", "priority", "weight")
+    __slots__ = ("request_id", "chain_key", "cache_salt", "fingerprint", "token_ids", "prompt_len", "sampling", "priority", "weight", "seal_key", "sealed")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHAIN_KEY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +155,8 @@ class Sequence(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SEAL_KEY_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     chain_key: bytes
     cache_salt: str
@@ -154,7 +166,9 @@ class Sequence(_message.Message):
     sampling: Sampling
     priority: int
     weight: float
-    def __init__(self, request_id: _Optional[str] = ..., chain_key: _Optional[bytes] = ..., cache_salt: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
+    seal_key: bytes
+    sealed: bool
+    def __init__(self, request_id: _Optional[str] = ..., chain_key: _Optional[bytes] = ..., cache_salt: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., weight: _Optional[float] = ..., seal_key: _Optional[bytes] = ..., sealed: bool = ...) -> None: ...
 
 class FillCommand(_message.Message):
     __slots__ = ("open",)
@@ -199,18 +213,20 @@ class FirstToken(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., finish_reason: _Optional[str] = ..., logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ...) -> None: ...
 
 class FillReport(_message.Message):
-    __slots__ = ("committed_blocks", "first_tokens", "done", "reuse", "started")
+    __slots__ = ("committed_blocks", "first_tokens", "done", "reuse", "started", "holder")
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     REUSE_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     committed_blocks: int
     first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
     done: bool
     reuse: Reuse
     started: bool
-    def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ..., started: bool = ...) -> None: ...
+    holder: str
+    def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ..., started: bool = ..., holder: _Optional[str] = ...) -> None: ...
 
 class ContinueCommand(_message.Message):
     __slots__ = ("open", "progress", "end_choice")
@@ -235,14 +251,16 @@ class ContinueOpen(_message.Message):
     def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., expects_fill: bool = ..., subscriber: _Optional[str] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class FillProgress(_message.Message):
-    __slots__ = ("committed_blocks", "first_tokens", "done")
+    __slots__ = ("committed_blocks", "first_tokens", "done", "holder")
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     committed_blocks: int
     first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
     done: bool
-    def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ...) -> None: ...
+    holder: str
+    def __init__(self, committed_blocks: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., done: bool = ..., holder: _Optional[str] = ...) -> None: ...
 
 class EndChoice(_message.Message):
     __slots__ = ("choice",)

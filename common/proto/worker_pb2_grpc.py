@@ -44,6 +44,11 @@ class PrefillStub(object):
                 request_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.FillCommand.SerializeToString,
                 response_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.FillReport.FromString,
                 _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/kvferry.v1.Prefill/Forget',
+                request_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.Forgotten.FromString,
+                _registered_method=True)
 
 
 class PrefillServicer(object):
@@ -63,6 +68,12 @@ class PrefillServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forget(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +86,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.Fill,
                     request_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.FillCommand.FromString,
                     response_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.FillReport.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ForgetRequest.FromString,
+                    response_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.Forgotten.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -141,6 +157,33 @@ class Prefill(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.Prefill/Forget',
+            kvferry_dot_common_dot_proto_dot_worker__pb2.ForgetRequest.SerializeToString,
+            kvferry_dot_common_dot_proto_dot_worker__pb2.Forgotten.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class DecodeStub(object):
     """Missing associated documentation comment in .proto file."""
@@ -165,6 +208,11 @@ class DecodeStub(object):
                 '/kvferry.v1.Decode/Continue',
                 request_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueCommand.SerializeToString,
                 response_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEnd.FromString,
+                _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/kvferry.v1.Decode/Forget',
+                request_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.Forgotten.FromString,
                 _registered_method=True)
 
 
@@ -193,6 +241,12 @@ class DecodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forget(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -210,6 +264,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Continue,
                     request_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueCommand.FromString,
                     response_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEnd.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=kvferry_dot_common_dot_proto_dot_worker__pb2.ForgetRequest.FromString,
+                    response_serializer=kvferry_dot_common_dot_proto_dot_worker__pb2.Forgotten.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -293,6 +352,33 @@ class Decode(object):
             '/kvferry.v1.Decode/Continue',
             kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueCommand.SerializeToString,
             kvferry_dot_common_dot_proto_dot_worker__pb2.ContinueEnd.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.Decode/Forget',
+            kvferry_dot_common_dot_proto_dot_worker__pb2.ForgetRequest.SerializeToString,
+            kvferry_dot_common_dot_proto_dot_worker__pb2.Forgotten.FromString,
             options,
             channel_credentials,
             insecure,

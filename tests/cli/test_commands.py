@@ -105,7 +105,7 @@ def test_open_port():
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port}: Address already in use; give another --admin-port"):
             open_port("127.0.0.1", port, "--admin-port")
-    with pytest.raises(ConfigError, match="192.0.2.1 port 0: .*; give another --admin-host"):
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1 port 0: .*; give another --admin-host"):
         open_port("192.0.2.1", 0, "--admin-port")
 
 

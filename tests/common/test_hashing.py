@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.common.block import LAYOUT_VERSION, BlockLayout
-from kvferry.common.hashing import CacheScope, TenantKeys, derive_key, length_prefixed
+from kvferry.common.hashing import SEGMENT, CacheScope, Span, TenantKeys, derive_key, length_prefixed
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "identity.json").read_text())
 SECRET = b"s" * 32
@@ -31,6 +31,7 @@ def test_values_agree_with_an_independent_implementation(case):
     expect = case["expect"]
     keys = TenantKeys.derive(secret, case["tenant"], salt)
     assert keys.chain.hex() == expect["chain_key"]
+    assert keys.seal.hex() == expect["seal_key"]
     assert derive_key(secret, "seal", case["tenant"], salt).hex() == expect["seal_key"]
     fingerprint = bytes.fromhex(case["fingerprint"])
     cache = CacheScope(keys, fingerprint, layout(case["block_size"], case["dtype"]), case["cache_salt"])
@@ -137,3 +138,19 @@ def test_length_prefixed_can_be_read_back(fields):
 def test_length_prefixed_takes_no_other_type(value):
     with pytest.raises(TypeError):
         length_prefixed(value)
+
+
+def test_spans_know_where_they_lie():
+    names = [bytes([i]) * 32 for i in range(150)]
+    root = b"r" * 32
+    whole = Span.of(names, root)
+    assert (whole.first, whole.parent, whole.anchor, len(whole)) == (0, root, names[0], 150)
+    assert whole.anchors() == [names[i // SEGMENT * SEGMENT] for i in range(150)]
+    for first, end in ((0, 1), (1, 64), (63, 65), (64, 150), (70, 70), (100, 140), (149, 150)):
+        part = Span.of(names, root, first, end)
+        assert part.names == tuple(names[first:end])
+        assert part.parent == (names[first - 1] if first else root)
+        assert part.anchors() == whole.anchors(first, end)
+        for offset in range(len(part)):
+            assert part.from_(offset) == Span.of(names, root, first + offset, end)
+            assert part.from_(offset, offset + 1) == Span.of(names, root, first + offset, first + offset + 1)

@@ -127,7 +127,7 @@ def test_layout(layout):
 
 
 @given(
-    keys=st.binary(min_size=32, max_size=32).map(TenantKeys.from_chain_key),
+    keys=st.binary(min_size=32, max_size=32).map(TenantKeys.of),
     fingerprint=st.binary(max_size=16),
     salt=st.text(max_size=5),
     layout=LAYOUTS,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from e2e.cluster import Cluster
+from spans import span
 
 from kvferry.common.block import BlockLayout, slot_stride
 from kvferry.common.hashing import BlockName, CacheScope, TenantId
@@ -34,7 +35,7 @@ class Probe:
         """Which blocks are committed now."""
 
         async def look(store: StoreClient) -> list[bool]:
-            return [bool((await store.lookup([name], lease=False)).blocks) for name in names]
+            return [bool((await store.lookup(span([name]), lease=False)).blocks) for name in names]
 
         return self._with_store(look)
 
@@ -42,7 +43,7 @@ class Probe:
         """Flip one bit of a committed block in the arena, where nobody looks."""
 
         async def where(store: StoreClient) -> int:
-            return (await store.lookup([name], lease=False)).blocks[0].slot
+            return (await store.lookup(span([name]), lease=False)).blocks[0].slot
 
         flip_bit(self._cluster.of_role("store").pid, self._with_store(where) * slot_stride(self._layout.block_bytes))
 
@@ -51,7 +52,7 @@ class Probe:
         self.flip(name)
 
         async def find_bad(store: StoreClient) -> int:
-            match = await store.lookup([name])
+            match = await store.lookup(span([name]))
             good = await store.pull(match, [memoryview(bytearray(self._layout.block_bytes))])
             await store.release(match.lease)
             return good

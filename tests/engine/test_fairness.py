@@ -16,7 +16,7 @@ from kvferry.engine.sequence import Sequence, Status
 
 BLOCK = 16
 HEAVY, LIGHT, THIRD = (
-    CacheScope(TenantKeys.from_chain_key(letter * 32), b"f", BlockLayout(1, 1, BLOCK, 1, "float32"))
+    CacheScope(TenantKeys.of(letter * 32), b"f", BlockLayout(1, 1, BLOCK, 1, "float32"))
     for letter in (b"h", b"l", b"t")
 )
 PROMPT, ANSWER = 96, 64

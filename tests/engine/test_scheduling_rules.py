@@ -12,7 +12,7 @@ from kvferry.engine.scheduling.scheduler import Scheduler
 from kvferry.engine.sequence import Sequence, Status
 
 LONGEST = 40
-SCOPE = CacheScope(TenantKeys.from_chain_key(b"k" * 32), b"f", BlockLayout(1, 1, 4, 1, "float32"))
+SCOPE = CacheScope(TenantKeys.of(b"k" * 32), b"f", BlockLayout(1, 1, 4, 1, "float32"))
 
 
 def sequence(prompt_len, max_tokens, *, generated=0, limit=None, longest=LONGEST, number=1, scope=SCOPE, **more):

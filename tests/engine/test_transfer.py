@@ -7,6 +7,7 @@ import pytest
 from checkpoints import ARCHITECTURES
 from engine_harness import BLOCK, assert_greedy, prompt_of, running, until
 from memory_store import MemoryStore
+from spans import span
 
 from kvferry.engine.sequence import Status
 from kvferry.engine.transfer import FillHolding
@@ -257,7 +258,7 @@ def test_an_offer_publishes_what_nobody_has_or_makes(models):
             seq = node.sequence(prompt_of(70))
             root, names = node.scope.root(), seq.names
             await node.publish(seq.token_ids[:16])
-            other = await node.store.reserve(names[1:2], parent=names[0], tenant="t")
+            other = await node.store.reserve(span(names[1:2], names[0]), tenant="t")
             blocks = node.engine.pool.allocate(4)
             for index, block in enumerate(blocks):
                 node.engine.memory.tensor[block] = float(index + 10)

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from spans import span
 
 from kvferry.common.process import Note
 from kvferry.common.store_api import Payload
@@ -150,7 +151,7 @@ class Ground:
 
     async def publish(self, client: StoreClient, names: list[bytes], tenant: str = "t", keep: bool = False) -> int:
         """Reserve, publish and (unless `keep`) release; how many are there."""
-        reservation = await client.reserve(names, parent=ROOT, tenant=tenant)
+        reservation = await client.reserve(span(names), tenant=tenant)
         there = await client.publish(reservation, payloads_of(names))
         if not keep:
             await client.release(reservation.lease)

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from spans import span
 
 from kvferry.common.clock import ManualClock
 from kvferry.common.store_api import Claim
@@ -29,10 +30,10 @@ class Store:
     def publish(self, names, tenant="x", parent=ROOT, keep=False):
         """How many were stored; with `keep`, the lease instead."""
         self.clock.advance(1)
-        got = self.index.reserve(self.me, names, parent=parent, tenant=tenant)
+        got = self.index.reserve(self.me, span(names, parent), tenant=tenant)
         claims, slots = self.index.grant(self.me, got.lease, names)
         blocks = [
-            Written(name, before, slot, (b"c" * 16,))
+            Written(name, before, slot, b"", b"c" * 16)
             for name, before, slot in zip(names, [parent, *names], slots, strict=False)
             if slot is not None
         ]

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from spans import span
 
 from kvferry.common.clock import ManualClock
 from kvferry.common.store_api import Claim, MissReason
@@ -13,7 +14,7 @@ from kvferry.kvstore.protocol import CommitOutcome, ProtocolError, Written
 
 LEASE_S = 10.0
 SLOTS = 6
-SUMS = (b"c" * 16,)
+SUMS = b"c" * 16
 ROOT = b"root".ljust(32)
 # Three chains that fork: a0-a1-a2-a3, a0-a1-b2-b3, c0-c1-c2-c3.
 NAMES = {text: text.encode().ljust(32) for text in ["a0", "a1", "a2", "a3", "b2", "b3", "c0", "c1", "c2", "c3"]}
@@ -28,7 +29,7 @@ def make_index(clock, slots=SLOTS, writing=4):
 
 
 def written(name, slot):
-    return Written(name, PARENTS[name], slot, SUMS)
+    return Written(name, PARENTS[name], slot, b"", SUMS)
 
 
 class Leased:
@@ -119,8 +120,8 @@ class IndexMachine(RuleBasedStateMachine):
         for name in names:
             if name not in self.committed:
                 break
-            expect.append((name, self.committed[name]))
-        assert [(block.name, block.slot) for block in match.blocks] == expect
+            expect.append(self.committed[name])
+        assert [block.slot for block in match.blocks] == expect
         if len(expect) == len(names):
             assert match.miss is None
         elif names[len(expect)] in self.pending():
@@ -145,7 +146,7 @@ class IndexMachine(RuleBasedStateMachine):
     def reserve(self, data, chain, start, length, tenant):
         connection, names = self.some_connection(data), chain[start : start + length]
         taken = self.pending()
-        got = self.index.reserve(connection, names, parent=PARENTS[names[0]], tenant=tenant)
+        got = self.index.reserve(connection, span(names, PARENTS[names[0]]), tenant=tenant)
         model = Leased()
         for name, claim in zip(names, got.claims, strict=True):
             if name in self.committed:
@@ -288,7 +289,7 @@ TestIndex.settings = settings(max_examples=150, stateful_step_count=50, deadline
 
 def publish(index, connection, names, tenant="x"):
     """Reserve, grant and commit; the lease."""
-    got = index.reserve(connection, names, parent=PARENTS[names[0]], tenant=tenant)
+    got = index.reserve(connection, span(names, PARENTS[names[0]]), tenant=tenant)
     _, slots = index.grant(connection, got.lease, names)
     pairs = [(n, s) for n, s in zip(names, slots, strict=True) if s is not None]
     index.commit(connection, got.lease, [written(name, slot) for name, slot in pairs])
@@ -300,7 +301,7 @@ def test_what_is_not_committed_is_invisible_and_says_why():
     writer, reader = index.connect(), index.connect()
     names = CHAINS[0]
     assert index.lookup(reader, names, lease=True).miss is MissReason.NEVER_STORED
-    got = index.reserve(writer, names, parent=ROOT, tenant="x")
+    got = index.reserve(writer, span(names), tenant="x")
     assert index.lookup(reader, names, lease=True).miss is MissReason.BEING_WRITTEN
     assert index.being_computed(names) == names[0]
     _, slots = index.grant(writer, got.lease, names[:1])
@@ -309,16 +310,16 @@ def test_what_is_not_committed_is_invisible_and_says_why():
     assert index.being_computed(names) == names[1]
     assert index.being_computed(names[:1]) is None
     match = index.lookup(reader, names, lease=True)
-    assert [block.name for block in match.blocks] == names[:1]
+    assert [block.slot for block in match.blocks] == [slots[0]]
     assert match.miss is MissReason.BEING_WRITTEN
-    assert index.reserve(reader, names, parent=ROOT, tenant="x").claims == (Claim.PRESENT, *[Claim.TAKEN] * 3)
+    assert index.reserve(reader, span(names), tenant="x").claims == (Claim.PRESENT, *[Claim.TAKEN] * 3)
 
 
 def test_a_lapse_ends_everything_and_is_not_undone_by_a_later_heartbeat():
     clock = ManualClock()
     index = make_index(clock)
     writer, reader = index.connect(), index.connect()
-    got = index.reserve(writer, CHAINS[0], parent=ROOT, tenant="x")
+    got = index.reserve(writer, span(CHAINS[0]), tenant="x")
     _, slots = index.grant(writer, got.lease, CHAINS[0][:2])
     clock.advance(LEASE_S)
     index.renew(reader)
@@ -326,7 +327,7 @@ def test_a_lapse_ends_everything_and_is_not_undone_by_a_later_heartbeat():
     assert sorted(index.take_settled()) == sorted(CHAINS[0])
     assert index.stats().writing == 2, "the writer may still write there"
     assert index.release(writer, got.lease) is False
-    assert index.reserve(reader, CHAINS[0], parent=ROOT, tenant="x").claims == (Claim.GRANTED,) * 4
+    assert index.reserve(reader, span(CHAINS[0]), tenant="x").claims == (Claim.GRANTED,) * 4
     blocks = [written(name, slot) for name, slot in zip(CHAINS[0], slots, strict=False)]
     assert index.commit(writer, got.lease, blocks) == (CommitOutcome.LATE,) * 2
     assert (index.stats().late_commits, index.stats().writing, index.stats().free) == (2, 0, SLOTS)
@@ -338,7 +339,7 @@ def test_a_late_copy_of_what_somebody_else_committed_is_told_so():
     index = make_index(clock)
     slow, quick = index.connect(), index.connect()
     name = CHAINS[0][0]
-    got = index.reserve(slow, [name], parent=ROOT, tenant="x")
+    got = index.reserve(slow, span([name]), tenant="x")
     _, slots = index.grant(slow, got.lease, [name])
     clock.advance(LEASE_S)
     index.renew(quick)
@@ -351,7 +352,7 @@ def test_slots_of_a_closed_connection_come_back_a_second_later():
     clock = ManualClock()
     index = make_index(clock)
     writer = index.connect()
-    got = index.reserve(writer, CHAINS[0], parent=ROOT, tenant="x")
+    got = index.reserve(writer, span(CHAINS[0]), tenant="x")
     index.grant(writer, got.lease, CHAINS[0][:2])
     index.disconnect(writer)
     assert (index.stats().writing, index.stats().reserved) == (2, 0)
@@ -364,7 +365,7 @@ def test_slots_of_a_closed_connection_come_back_a_second_later():
 def test_writing_is_bounded_by_connection():
     index = make_index(ManualClock(), writing=2)
     connection = index.connect()
-    got = index.reserve(connection, CHAINS[0], parent=ROOT, tenant="x")
+    got = index.reserve(connection, span(CHAINS[0]), tenant="x")
     claims, _ = index.grant(connection, got.lease, CHAINS[0])
     assert claims == (Claim.GRANTED, Claim.GRANTED, Claim.REFUSED, Claim.REFUSED)
     assert index.stats().publish_dropped == 2
@@ -374,7 +375,7 @@ def test_writing_is_bounded_by_connection():
 def test_nothing_is_granted_after_the_first_that_cannot_be():
     index = make_index(ManualClock())
     connection = index.connect()
-    got = index.reserve(connection, CHAINS[0], parent=ROOT, tenant="x")
+    got = index.reserve(connection, span(CHAINS[0]), tenant="x")
     claims, slots = index.grant(connection, got.lease, [CHAINS[0][0], NAMES["c0"], CHAINS[0][1]])
     assert claims == (Claim.GRANTED, Claim.REFUSED, Claim.REFUSED)
     assert slots[1:] == (None, None)
@@ -384,7 +385,7 @@ def test_nothing_is_granted_after_the_first_that_cannot_be():
 def test_nobody_commits_or_aborts_what_another_writes():
     index = make_index(ManualClock())
     owner, other = index.connect(), index.connect()
-    got = index.reserve(owner, CHAINS[0][:1], parent=ROOT, tenant="x")
+    got = index.reserve(owner, span(CHAINS[0][:1]), tenant="x")
     _, (slot,) = index.grant(owner, got.lease, CHAINS[0][:1])
     with pytest.raises(ProtocolError):
         index.commit(other, got.lease, [written(CHAINS[0][0], slot)])
@@ -397,13 +398,13 @@ def test_a_full_arena_refuses_and_drops():
     index = make_index(ManualClock(), slots=2)
     one, two = index.connect(), index.connect()
     publish(index, one, CHAINS[0][:2])
-    got = index.reserve(two, CHAINS[2], parent=ROOT, tenant="y")
+    got = index.reserve(two, span(CHAINS[2]), tenant="y")
     assert index.grant(two, got.lease, CHAINS[2])[0] == (Claim.REFUSED,) * 4
     assert index.stats().publish_dropped == 4
     index.disconnect(one)
-    got = index.reserve(two, CHAINS[2], parent=ROOT, tenant="y")
+    got = index.reserve(two, span(CHAINS[2]), tenant="y")
     assert index.grant(two, got.lease, CHAINS[2])[0][0] is Claim.GRANTED
-    assert index.lookup(two, CHAINS[0], lease=True).blocks[0].name == CHAINS[0][0]
+    assert len(index.lookup(two, CHAINS[0], lease=True).blocks) == 1
     assert index.lookup(two, CHAINS[0][1:], lease=True).miss is MissReason.EVICTED
 
 
@@ -412,8 +413,8 @@ def test_children_of_a_bad_block_are_reached_again_when_it_is_published_again():
     connection = index.connect()
     index.release(connection, publish(index, connection, CHAINS[0][:3]))
     head = index.lookup(connection, CHAINS[0][:1], lease=False).blocks[0]
-    assert index.quarantine(head.name, head.slot)
-    assert index.quarantine(head.name, head.slot) is False
+    assert index.quarantine(CHAINS[0][0], head.slot)
+    assert index.quarantine(CHAINS[0][0], head.slot) is False
     assert index.lookup(connection, CHAINS[0], lease=True).miss is MissReason.PAYLOAD_BAD
     publish(index, connection, CHAINS[0][:1])
     assert len(index.lookup(connection, CHAINS[0], lease=True).blocks) == 3
@@ -424,12 +425,12 @@ def test_a_commit_must_be_for_what_was_granted():
     index = make_index(ManualClock())
     connection = index.connect()
     name = CHAINS[0][0]
-    got = index.reserve(connection, [name], parent=ROOT, tenant="x")
+    got = index.reserve(connection, span([name]), tenant="x")
     _, (slot,) = index.grant(connection, got.lease, [name])
     for wrong in (
-        Written(NAMES["c0"], ROOT, slot, SUMS),
-        Written(name, NAMES["c0"], slot, SUMS),
-        Written(name, ROOT, slot + 1, SUMS),
+        Written(NAMES["c0"], ROOT, slot, b"", SUMS),
+        Written(name, NAMES["c0"], slot, b"", SUMS),
+        Written(name, ROOT, slot + 1, b"", SUMS),
     ):
         with pytest.raises(ProtocolError):
             index.commit(connection, got.lease, [wrong])

@@ -13,6 +13,7 @@ from kvferry.kvstore.node import Node, listen
 from kvferry.kvstore.protocol import ProtocolError
 
 NAME = b"n" * 32
+SPAN = say.Span((NAME,), 0, b"r" * 32, NAME)
 
 
 def test_a_damaged_index_ends_the_node(ground, monkeypatch):
@@ -33,10 +34,10 @@ def test_a_damaged_index_ends_the_node(ground, monkeypatch):
 @pytest.mark.parametrize(
     "message",
     [
-        say.Lookup(1, (NAME,), 1.5, False),
-        say.Reserve(2, (NAME, b"m" * 32), b"r" * 32, "tenant"),
+        say.Lookup(1, SPAN, "tenant", "host:1", 1.5, False),
+        say.Reserve(2, say.Span((NAME, b"m" * 32), 5, b"r" * 32, b"a" * 32), "tenant"),
         say.Grant(3, 7, (NAME,)),
-        say.Commit(4, 7, (say.Written(NAME, b"r" * 32, 5, (b"c" * 16,) * 8),)),
+        say.Commit(4, 7, (say.Written(NAME, b"r" * 32, 5, b"s" * 16, b"c" * 128),)),
         say.Abort(5, (1, 2)),
         say.Release(6, 7),
         say.Renew(7),
@@ -57,13 +58,13 @@ def test_requests_survive_the_wire(message):
         say.Lookup(1, (b"short",)),
         say.Lookup(1, (NAME,) * (say.MAX_NAMES + 1)),
         say.Lookup(1, (NAME,), -1.0),
-        say.Lookup(1, (NAME,), float("nan")),
-        say.Lookup(1, (NAME,), float("inf")),
-        say.Lookup(-1, (NAME,)),
-        say.Reserve(1, (NAME,), NAME, "t" * 65),
-        say.Commit(1, 1, (say.Written(NAME, NAME, 0, ()),)),
-        say.Commit(1, 1, (say.Written(NAME, NAME, -1, (b"c" * 16,)),)),
-        say.Commit(1, 1, (say.Written(NAME, NAME, 0, (b"c" * 16,) * 9),)),
+        say.Lookup(1, SPAN, wait_s=float("nan")),
+        say.Lookup(1, SPAN, wait_s=float("inf")),
+        say.Lookup(-1, SPAN),
+        say.Reserve(1, SPAN, "t" * 65),
+        say.Commit(1, 1, (say.Written(NAME, NAME, 0, b"", b""),)),
+        say.Commit(1, 1, (say.Written(NAME, NAME, -1, b"", b"c" * 16),)),
+        say.Commit(1, 1, (say.Written(NAME, NAME, 0, b"", b"c" * 144),)),
         say.Abort(1, (2**32,)),
         say.Refused("not a request"),
     ],
@@ -74,8 +75,8 @@ def test_what_breaks_a_bound_is_refused(message):
 
 
 def test_the_longest_answer_fits_a_frame():
-    block = Located(NAME, 2**31, (b"c" * 16,) * 8)
-    answer = say.Matched(1, Match((block,) * say.MAX_NAMES, 2**40, b"b" * 16))
+    block = Located(2**31, b"s" * 16, b"c" * 128)
+    answer = say.Matched(1, Match((block,) * say.MAX_NAMES, 2**30, 2**40, b"b" * 16))
     assert len(say.encode(answer)) < say.MAX_FRAME_BYTES
 
 

@@ -7,6 +7,8 @@ import signal
 import threading
 from pathlib import Path
 
+from spans import span
+
 from kvferry.common.store_api import MissReason
 from kvferry.kvstore import client as client_module
 from kvferry.kvstore.copying import copy_out
@@ -38,7 +40,7 @@ def test_the_store_is_killed_while_workers_pull(ground):
 
         async def pull_for_ever(into):
             while not stopping.is_set():
-                match = await client.lookup(names)
+                match = await client.lookup(span(names))
                 got = await client.pull(match, into)
                 if await client.release(match.lease):
                     assert got == len(match.blocks)
@@ -115,13 +117,13 @@ def test_a_lease_means_nothing_to_the_next_store(ground):
         await client.start()
         names = ground.names("a", 4)
         await ground.publish(client, names)
-        old = await client.lookup(names)
-        held = await client.reserve(ground.names("b", 4), parent=ground.root, tenant="t")
+        old = await client.lookup(span(names))
+        held = await client.reserve(span(ground.names("b", 4)), tenant="t")
         node.kill()
         node.start()
         await ground.until(lambda: client.connects == 2)
         await ground.publish(client, ground.names("c", 4))
-        new = await client.lookup(ground.names("c", 4))
+        new = await client.lookup(span(ground.names("c", 4)))
         assert new.boot_id != old.boot_id
         assert await client.pull(old, ground.room(4)) == 0
         assert await client.publish(held, ground.payloads(ground.names("b", 4))) == 0
@@ -141,10 +143,10 @@ def test_a_store_that_hangs_is_a_store_that_is_gone(ground):
         names = ground.names("a", 4)
         await ground.publish(client, names)
         node.process.send_signal(signal.SIGSTOP)
-        assert (await client.lookup(names)).miss is MissReason.STORE_UNREACHABLE
+        assert (await client.lookup(span(names))).miss is MissReason.STORE_UNREACHABLE
         node.process.send_signal(signal.SIGCONT)
         await ground.until(lambda: client.connected)
-        match = await client.lookup(names)
+        match = await client.lookup(span(names))
         assert await client.pull(match, ground.room(4)) == 4
         await client.close()
 
@@ -168,7 +170,7 @@ def test_a_cancelled_pull_lets_go_of_its_destination_first(ground, monkeypatch):
             return pulled
 
         monkeypatch.setattr(client_module, "copy_out", slow_copy)
-        match = await client.lookup(names)
+        match = await client.lookup(span(names))
         pulling = asyncio.create_task(client.pull(match, ground.room(4)))
         await ground.until(begun.is_set)
         for _ in range(3):

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from spans import span
 
 from kvferry.common.errors import ConfigError, IncompatibleNode
 from kvferry.common.store_api import Claim, MissReason
@@ -34,10 +35,10 @@ def test_what_is_published_is_pulled(ground):
         writer, reader = await started(ground, node), await started(ground, node)
         names = ground.names("a", 40)
         payloads = ground.payloads(names)
-        reservation = await writer.reserve(names, parent=ground.root, tenant="t")
+        reservation = await writer.reserve(span(names), tenant="t")
         assert set(reservation.claims) == {Claim.GRANTED}
         assert await writer.publish(reservation, payloads) == 40
-        match = await reader.lookup([*names, ground.root])
+        match = await reader.lookup(span([*names, ground.root]))
         assert (len(match.blocks), match.miss) == (40, MissReason.NEVER_STORED)
         room = ground.room(40)
         assert await reader.pull(match, room) == 40
@@ -63,12 +64,12 @@ def test_a_second_writer_is_told(ground):
         node = ground.node()
         one, two = await started(ground, node), await started(ground, node)
         names = ground.names("a", 4)
-        first = await one.reserve(names, parent=ground.root, tenant="t")
-        second = await two.reserve(names, parent=ground.root, tenant="t")
+        first = await one.reserve(span(names), tenant="t")
+        second = await two.reserve(span(names), tenant="t")
         assert second.claims == (Claim.TAKEN,) * 4
         assert second.lease == 0
         assert await one.publish(first, ground.payloads(names)) == 4
-        third = await two.reserve(names, parent=ground.root, tenant="t")
+        third = await two.reserve(span(names), tenant="t")
         assert third.claims == (Claim.PRESENT,) * 4
         assert await two.publish(third, ground.payloads(names)) == 4
         assert (await one.stats()).published == 4
@@ -89,9 +90,9 @@ def test_a_lookup_waits_for_whoever_computes_and_not_longer(ground, by, shared):
         writer = await started(ground, node)
         reader = writer if shared else await started(ground, node)
         names = ground.names("a", 3)
-        reservation = await writer.reserve(names, parent=ground.root, tenant="t")
+        reservation = await writer.reserve(span(names), tenant="t")
         begun = time.monotonic()
-        waiting = asyncio.create_task(reader.lookup(names, wait_s=30))
+        waiting = asyncio.create_task(reader.lookup(span(names), wait_s=30))
         done, _ = await asyncio.wait([waiting], timeout=0.2)
         assert not done, "it did not wait"
         if by == "commit":
@@ -116,10 +117,10 @@ def test_a_wait_ends_in_time_and_holds_nothing(ground):
         writer, reader = await started(ground, node), await started(ground, node)
         names = ground.names("a", 3)
         assert await ground.publish(writer, names[:1]) == 1
-        await writer.reserve(names[1:], parent=names[0], tenant="t")
+        await writer.reserve(span(names[1:], names[0]), tenant="t")
         before = (await writer.stats()).leases
         begun = time.monotonic()
-        waiting = asyncio.create_task(reader.lookup(names, wait_s=0.5))
+        waiting = asyncio.create_task(reader.lookup(span(names), wait_s=0.5))
         await asyncio.wait([waiting], timeout=0.1)
         assert (await writer.stats()).leases == before
         match = await waiting
@@ -136,8 +137,8 @@ def test_a_cancelled_lookup_leaves_no_lease(ground):
         node = ground.node()
         writer, reader = await started(ground, node), await started(ground, node)
         names = ground.names("a", 2)
-        reservation = await writer.reserve(names, parent=ground.root, tenant="t")
-        waiting = asyncio.create_task(reader.lookup(names, wait_s=30))
+        reservation = await writer.reserve(span(names), tenant="t")
+        waiting = asyncio.create_task(reader.lookup(span(names), wait_s=30))
         await asyncio.wait([waiting], timeout=0.1)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
@@ -172,7 +173,7 @@ def test_cancelled_at_the_moment_the_reply_comes(verb, ground, monkeypatch):
         client = await started(ground, node)
         names = ground.names("a", 2)
         await ground.publish(client, names)
-        ask = client.lookup(names) if verb == "lookup" else client.reserve(names, parent=ground.root, tenant="t")
+        ask = client.lookup(span(names)) if verb == "lookup" else client.reserve(span(names), tenant="t")
         asking.append(asyncio.create_task(ask))
         await asyncio.wait(asking)
         assert asking.pop().cancelled()
@@ -190,7 +191,7 @@ def test_a_cancelled_publish_gives_its_slots_back(ground):
         node = ground.node()
         client = await started(ground, node, failpoints=Failpoints(("publish.granted=sleep:30",)))
         names = ground.names("a", 4)
-        reservation = await client.reserve(names, parent=ground.root, tenant="t")
+        reservation = await client.reserve(span(names), tenant="t")
         publishing = asyncio.create_task(client.publish(reservation, ground.payloads(names)))
 
         async def writing(count):
@@ -228,17 +229,17 @@ def test_a_flipped_byte_is_found_quarantined_and_counted(ground):
         names = ground.names("a", 6)
         await ground.publish(client, names)
         peer, arena = await map_arena(node, ground.block_bytes)
-        match = await client.lookup(names)
+        match = await client.lookup(span(names))
         arena.array(match.blocks[3].slot)[12345] ^= 1
         room = ground.room(6)
         assert await client.pull(match, room) == 3
         assert client.bad_blocks == 1
         stats = await client.stats()
         assert (stats.quarantined, stats.bad_blocks, stats.committed) == (1, 1, 5)
-        again = await client.lookup(names)
+        again = await client.lookup(span(names))
         assert (len(again.blocks), again.miss) == (3, MissReason.PAYLOAD_BAD)
         assert await ground.publish(client, names) == 6
-        final = await client.lookup(names)
+        final = await client.lookup(span(names))
         assert await client.pull(final, room) == 6
         assert final.blocks[3].slot != match.blocks[3].slot
         arena.retire()
@@ -256,7 +257,7 @@ def test_a_killed_publisher_leaves_nothing(ground, where):
         assert worker.line() == "reserved" + " granted" * 5
         client = await started(ground, node)
         names = ground.names("a", 5)
-        waiting = asyncio.create_task(client.lookup(names, wait_s=30))
+        waiting = asyncio.create_task(client.lookup(span(names), wait_s=30))
         await asyncio.sleep(0)
         worker.go_on()
         match = await waiting
@@ -265,7 +266,7 @@ def test_a_killed_publisher_leaves_nothing(ground, where):
         stats = await client.stats()
         assert (stats.reserved, stats.committed) == (0, 0)
         assert stats.writing == 5, "a slot was given back while its writer might still write"
-        assert (await client.reserve(names, parent=ground.root, tenant="t")).claims == (Claim.GRANTED,) * 5
+        assert (await client.reserve(span(names), tenant="t")).claims == (Claim.GRANTED,) * 5
 
         async def all_back():
             return (await client.stats()).writing == 0
@@ -287,12 +288,12 @@ def test_a_stopped_publisher_comes_too_late(ground, where):
         names = ground.names("a", 5)
         worker.go_on()
         worker.wait_stopped()
-        assert (await client.lookup(names, wait_s=20)).miss is MissReason.NEVER_STORED  # at the lapse
+        assert (await client.lookup(span(names), wait_s=20)).miss is MissReason.NEVER_STORED  # at the lapse
         stats = await client.stats()
         assert (stats.reserved, stats.writing) == (0, 5)
         worker.signal(signal.SIGCONT)
         assert worker.line() == "published 0"
-        assert (await client.lookup(names)).blocks == ()
+        assert (await client.lookup(span(names))).blocks == ()
         stats = await client.stats()
         assert (stats.late_commits, stats.writing, stats.committed) == (5, 0, 0)
         worker.go_on()
@@ -311,7 +312,7 @@ def test_a_full_arena_drops_and_fails_nobody(ground):
         assert await ground.publish(client, second) == 4
         assert (await client.stats()).publish_dropped == 8
         assert (await client.stats()).reserved == 0
-        assert len((await client.lookup(first, lease=False)).blocks) == 12
+        assert len((await client.lookup(span(first), lease=False)).blocks) == 12
         await client.close()
 
     run(story())
@@ -340,10 +341,10 @@ def test_an_observer_may_only_look(ground):
         names = ground.names("a", 3)
         await ground.publish(worker, names)
         before = await worker.stats()
-        match = await observer.lookup(names, lease=False)
+        match = await observer.lookup(span(names), lease=False)
         assert (len(match.blocks), match.lease, match.miss) == (3, 0, None)
         assert await observer.stats() == before
-        assert (await observer.lookup(names)).miss is MissReason.STORE_UNREACHABLE  # broke the rule, was closed
+        assert (await observer.lookup(span(names))).miss is MissReason.STORE_UNREACHABLE  # broke the rule, was closed
         await ground.until(lambda: observer.connected)
         await observer.close()
         await worker.close()
@@ -356,8 +357,8 @@ def test_without_a_store_every_answer_is_no(ground):
         node = ground.node(start=False)
         client = await started(ground, node)
         names = ground.names("a", 2)
-        assert (await client.lookup(names)).miss is MissReason.STORE_UNREACHABLE
-        reservation = await client.reserve(names, parent=ground.root, tenant="t")
+        assert (await client.lookup(span(names))).miss is MissReason.STORE_UNREACHABLE
+        reservation = await client.reserve(span(names), tenant="t")
         assert reservation.claims == (Claim.REFUSED,) * 2
         assert await client.publish(reservation, ground.payloads(names)) == 0
         assert await client.release(reservation.lease) is False
@@ -374,7 +375,7 @@ def test_a_caller_that_gets_a_size_wrong_hears_it(ground):
     async def story():
         client = ground.client(ground.node(start=False))
         names = ground.names("a", 1)
-        reservation = await client.reserve(names, parent=ground.root, tenant="t")
+        reservation = await client.reserve(span(names), tenant="t")
         short = ground.payloads(names)[0]
         short = type(short)(short.name, short.parent, short.data[:100])
         with pytest.raises(ValueError, match="65536 contiguous bytes, not 100"):
@@ -435,7 +436,7 @@ def test_garbage_harms_nobody(ground):
             hello + framed(b"\x84\xa4type\xa6lookup\xa2id\x01\xa5names\xdd\xff\xff\xff\xff"),  # 4 G names, it says
             hello + framed(b"\x93" * 5000),  # deeply nested
             hello + say.encode(say.Abort(1, (0,))),
-            hello + say.encode(say.Commit(1, 1, (say.Written(names[0], ground.root, 1, (b"c" * 16,)),))),
+            hello + say.encode(say.Commit(1, 1, (say.Written(names[0], ground.root, 1, b"", b"c" * 16),))),
             hello + framed(say.encode(say.Lookup(1, tuple(names), float("nan")))[4:]),
             hello + framed(say.encode(say.Lookup(1, (b"short",)))[4:]),
         ]
@@ -446,7 +447,7 @@ def test_garbage_harms_nobody(ground):
             pieces += [noise, hello + noise, hello + framed(noise), bytes(cut)]
         for piece in pieces:
             await asyncio.to_thread(poke, node, piece)
-        match = await client.lookup(names)
+        match = await client.lookup(span(names))
         assert await client.pull(match, ground.room(3)) == 3
         assert client.connects == 1
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from aiohttp import ClientSession
@@ -18,6 +17,7 @@ from kvferry.common.errors import DeadlineExceeded, Overloaded, Unavailable
 from kvferry.common.hashing import TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.sampling import SamplingParams
+from kvferry.common.store_api import Match
 from kvferry.router import flow as flow_module
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.app import Front
@@ -175,7 +175,7 @@ def test_all_bodies_that_are_being_sent_are_bounded_together(path):
 def test_a_tenants_limits_are_those_of_tokenize_too(limits, lengths, statuses):
     class Tenants:
         def authenticate(self, header):
-            return Tenant("acme", TenantKeys.from_chain_key(b"k" * 32), TenantLimits(**limits))
+            return Tenant("acme", TenantKeys.of(b"k" * 32), TenantLimits(**limits))
 
     async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
         nodes.decode[0].status, nodes.decode[0].subscription.open = UP, True
@@ -206,8 +206,8 @@ def test_a_request_waits_for_its_place_no_longer_than_it_may(asked_s, allowed_s,
             return
 
     class Store:
-        async def lookup(self, names, lease):
-            return SimpleNamespace(blocks=[])
+        async def lookup(self, span, lease):
+            return Match()
 
     async def main() -> None:
         nodes = Nodes((), CONFIG.decode)
@@ -216,7 +216,7 @@ def test_a_request_waits_for_its_place_no_longer_than_it_may(asked_s, allowed_s,
         models = Models(nodes, own_defaults=False)
         models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
         flow = Flow(CONFIG, nodes, models, Store(), Metrics(), clock)
-        keys = TenantKeys.from_chain_key(b"k" * 32)
+        keys = TenantKeys.of(b"k" * 32)
         job = Job("r", nodes.decode[0].model, keys, "", [1, 2], SamplingParams(), timeout_s=asked_s)
         late = allowed_s - 3.0
         with pytest.raises(DeadlineExceeded, match="took longer than it may"):
@@ -240,8 +240,8 @@ def test_a_stream_goes_on_on_the_very_model_that_it_began_on(monkeypatch):
     clock = ManualClock()
 
     class Store:
-        async def lookup(self, names, lease):
-            return SimpleNamespace(blocks=[])
+        async def lookup(self, span, lease):
+            return Match()
 
     class Handover:
         ended = False
@@ -271,7 +271,7 @@ def test_a_stream_goes_on_on_the_very_model_that_it_began_on(monkeypatch):
         models = Models(nodes, own_defaults=False)
         models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
         flow = Flow(config, nodes, models, Store(), Metrics(), clock)
-        keys = TenantKeys.from_chain_key(b"k" * 32)
+        keys = TenantKeys.of(b"k" * 32)
         job = Job("r", nodes.decode[0].model, keys, "", [1, 2], SamplingParams(max_tokens=9))
         nodes.decode[0].streams = 5  # the other one is the less loaded
         pieces = flow.run(job, Record("r", 2, clock.now()), Progress(job))

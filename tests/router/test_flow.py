@@ -5,7 +5,6 @@ import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +15,7 @@ from kvferry.common.errors import DeadlineExceeded, InvalidRequest, KvferryError
 from kvferry.common.hashing import TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.sampling import SamplingParams, TokenLogprobs
+from kvferry.common.store_api import Match
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.flow import Flow, Job, Progress
 from kvferry.router.handover import Piece
@@ -63,7 +63,7 @@ class ScriptedFlow(Flow):
 
 
 def job_of(n: int) -> Job:
-    return Job("r", MODEL, TenantKeys.from_chain_key(b"k" * 32), "", PROMPT, SamplingParams(max_tokens=LENGTH, n=n))
+    return Job("r", MODEL, TenantKeys.of(b"k" * 32), "", PROMPT, SamplingParams(max_tokens=LENGTH, n=n))
 
 
 def run(flow: Flow, n: int, ends: dict[int, int] | None = None) -> tuple[dict[int, list[int]], Record]:
@@ -203,8 +203,8 @@ def test_what_is_told_of_the_prompt_is_told_once(monkeypatch):
     )
 
     class Store:
-        async def lookup(self, names, lease):
-            return SimpleNamespace(blocks=[])
+        async def lookup(self, span, lease):
+            return Match()
 
     config = RouterConfig(model="m", prefill=(), decode=("unix:/nowhere",), store="s")
     flow = Flow(config, None, None, Store(), Metrics(), ManualClock())
@@ -215,7 +215,7 @@ def test_what_is_told_of_the_prompt_is_told_once(monkeypatch):
 
     monkeypatch.setattr(flow, "_ready_again", ready_again)
     params = SamplingParams(max_tokens=2, prompt_logprobs=3)
-    job = Job("r", MODEL, TenantKeys.from_chain_key(b"k" * 32), "", PROMPT, params, priority=-5)
+    job = Job("r", MODEL, TenantKeys.of(b"k" * 32), "", PROMPT, params, priority=-5)
 
     async def main():
         async with aclosing(flow.run(job, Record("r", 4, 0.0), Progress(job))) as pieces:

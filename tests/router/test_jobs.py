@@ -24,7 +24,7 @@ POOL = 48
 def jobs(kind: str = "completion", told: int = 2**18, **fields) -> list[Job]:
     said = {"messages": [{"role": "user", "content": "p"}]} if kind == "chat" else {"prompt": "p"}
     asked = parse_request(kind, json.dumps({"model": "m", **said, **fields}).encode())
-    keys = TenantKeys.from_chain_key(b"k" * 32)
+    keys = TenantKeys.of(b"k" * 32)
     return asyncio.run(jobs_of(asked, Limits(told=told), keys, "r", BYTES, MODEL, POOL))
 
 

@@ -13,13 +13,14 @@ from kvferry.common.config import RouterConfig
 from kvferry.common.errors import Unauthenticated, Unavailable
 from kvferry.common.hashing import TenantKeys
 from kvferry.common.sampling import SamplingParams
+from kvferry.common.store_api import Match
 from kvferry.router import flow as flow_module
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.flow import Flow, Job, Progress
 from kvferry.router.handover import Piece
 from kvferry.router.nodes import ServedModel
 
-ACME, BOLT = (TenantKeys.from_chain_key(bytes([n]) * 32) for n in (1, 2))
+ACME, BOLT = (TenantKeys.of(bytes([n]) * 32) for n in (1, 2))
 MODEL = ServedModel("m", "m", b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 300, 64)
 
 
@@ -75,8 +76,8 @@ def worker():
 
 @pytest.fixture
 def flow(monkeypatch, worker):
-    async def lookup(names, lease):
-        return SimpleNamespace(blocks=[])
+    async def lookup(span, lease):
+        return Match()
 
     async def ready_again(model, give_up):
         assert model == MODEL
