@@ -40,7 +40,7 @@ def check_config(settings: Settings, parent: Parent, as_json: bool | None, as_to
     sys.stdout.flush()
     with private_folder() as folder:
         if settings["engine.model"] is not None:
-            serve.look(make_plan(settings, folder, usable_cores()), parent.making, fetch_weights=False)
+            serve.look(make_plan(settings, folder, usable_cores()), parent.notifier.progress, fetch_weights=False)
         else:
             example = {**settings.values, "engine.model": Value(DEMO, "example")}
             check_router(understood_plan(make_plan(Settings(example, settings.names), folder, usable_cores())).router)

@@ -92,7 +92,9 @@ def make_key(tenants_file: Path, tenant: str) -> str:
 def served(model: str, tenants_file: Path) -> Iterator[str]:
     """`kvferry serve` as its own process tree; yields its URL, and stops it as Ctrl-C would."""
     command = [sys.executable, os.path.abspath(sys.argv[0]), "serve", model, f"--tenants-file={tenants_file}"]
-    command += ["--port=0", "--admin-port=0", "--log-level=WARNING", f"--parent-pid={os.getpid()}"]
+    command += ["--port=0", "--admin-port=0", f"--parent-pid={os.getpid()}"]
+    # On a terminal bars show that it starts; elsewhere lines do, and then those of requests.
+    command += ["--log-level=WARNING"] if sys.stderr.isatty() else ["--log-level=INFO", "--log-format=text"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
     try:
         ready = process.stdout.readline()

@@ -90,6 +90,7 @@ def seed_weights(model: "torch.nn.Module", seed: int, deviation: float, progress
 
 
 def _build(folder: Path, progress: Progress) -> None:
+    progress(0, 0)  # the imports take seconds
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 

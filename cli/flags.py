@@ -10,7 +10,8 @@ import typer
 
 from kvferry.cli.foreign import FOREIGN
 from kvferry.cli.layers import CONFIG_VARIABLE, Settings, resolve
-from kvferry.cli.run import Parent, plain_errors
+from kvferry.cli.progress import Alone
+from kvferry.cli.run import ROLES, Parent, plain_errors
 from kvferry.cli.settings import SETTINGS, Setting, nearest
 from kvferry.common.config import LogConfig, environment
 from kvferry.common.errors import ConfigError
@@ -92,7 +93,9 @@ def with_flags(command: str, flags: Flags, run: Run, extra: Mapping[str, Any] | 
     own = {**(extra or {}), "config": ConfigFile, "notify_fd": NotifyFd, "parent_pid": ParentPid}
 
     def called(**given: Any) -> None:
-        parent = Parent(notifier=Notifier(given.pop("notify_fd")), pid=given.pop("parent_pid"))
+        notify_fd = given.pop("notify_fd")
+        alone = notify_fd is None and command in ROLES
+        parent = Parent(notifier=Alone() if alone else Notifier(notify_fd), pid=given.pop("parent_pid"))
         with plain_errors(command, parent.notifier):
             ours = environment()
             file = given.pop("config") or (Path(ours[CONFIG_VARIABLE]) if ours.get(CONFIG_VARIABLE) else None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,11 @@ from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 
 DEMO = "demo"
-Progress = Callable[[int, int], None]  # done, total
+Progress = Callable[[str, int, int], None]  # step, done, total
+
+
+def no_progress(step: str, done: int, total: int) -> None:
+    """For who shows none."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,11 @@ class Found:
         return weight_bytes(self.weight_files, dtype)
 
 
-def resolve(model: str, progress: Progress = lambda done, total: None) -> tuple[str, str]:
+def resolve(model: str, progress: Progress = no_progress) -> tuple[str, str]:
     """Where to load a model from, and what to call it: `demo` is made if need be, a local folder is called by its
     name, anything else is a Hugging Face id and called that. Raises ConfigError for a folder that holds no model."""
     if model == DEMO:
-        return str(demo_model(progress)), DEMO
+        return str(demo_model(partial(progress, "make"))), DEMO
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if folder.exists():
@@ -57,14 +62,51 @@ def resolve(model: str, progress: Progress = lambda done, total: None) -> tuple[
     return str(folder.resolve()), folder.resolve().name
 
 
-def find(
-    model: str, revision: str | None, progress: Progress = lambda done, total: None, fetch_weights: bool = True
-) -> Found:
+def find(model: str, revision: str | None, progress: Progress = no_progress, fetch_weights: bool = True) -> Found:
     """The model's files, fetched from the hub if need be; its weights only if they are to be. Raises ConfigError for
     what is missing or damaged, as far as that is seen without loading it."""
     from kvferry.engine.loading.files import SMALL_FILES, WANTED_FILES, find_folder, read_told, weight_files
 
     where, name = resolve(model, progress)
-    whole = fetch_weights or Path(where).is_dir()
-    folder = find_folder(where, revision, WANTED_FILES if whole else SMALL_FILES)
+    there = Path(where).is_dir()
+    whole = fetch_weights or there
+    if not there:
+        progress("fetch", 0, 0)
+    try:
+        folder = find_folder(where, revision, WANTED_FILES if whole else SMALL_FILES)
+    except ConfigError as error:
+        if error.__cause__ is None:  # of a folder
+            raise
+        raise ConfigError(
+            f"there is no folder {model}, and as a model of the hub it cannot be had: "
+            f"{why_not_fetched(revision, error.__cause__)}; give a local folder, or `{DEMO}`, which needs no network"
+        ) from error
     return Found(folder, name, read_told(folder), tuple(weight_files(folder)) if whole else ())
+
+
+def why_not_fetched(revision: str | None, error: BaseException) -> str:
+    """What was tried to fetch a model, and how that ended."""
+    from huggingface_hub import constants, errors
+
+    hub, token = f"the hub at {constants.ENDPOINT}", "a token that may read it, in the environment as HF_TOKEN"
+    match error:
+        case errors.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
+            return f"{constants.HF_HUB_CACHE} does not hold it, and HF_HUB_OFFLINE is set, so nothing is fetched"
+        case errors.LocalEntryNotFoundError():
+            return f"{hub} did not give it ({root_reason(error)}), and {constants.HF_HUB_CACHE} does not hold it"
+        case errors.HFValidationError():
+            return "this is no model's id, which is like OWNER/NAME"
+        case errors.GatedRepoError():
+            return f"{hub} asks to accept its terms there, and for {token}"
+        case errors.RevisionNotFoundError():
+            return f"{hub} has it, but not at revision {revision}"
+        case errors.RepositoryNotFoundError():
+            return f"{hub} does not have it, or not without {token}"
+    return f"{hub} was asked, and then: {root_reason(error)}"
+
+
+def root_reason(error: BaseException) -> str:
+    """The first line of what an error comes from."""
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -46,12 +46,13 @@ def worker(role: str) -> Callable[[Settings, Parent], None]:
     def run(settings: Settings, parent: Parent) -> None:
         config = settings.of(role, role=role, engine=settings.of("engine"))
         checks.check_listen(config.listen, f"the {role} worker")
-        found = find(config.engine.model, config.engine.revision, parent.making)
+        found = find(config.engine.model, config.engine.revision, parent.notifier.progress)
         checks.check_model(found, config.engine)
         checks.check_memory(found, [config.engine])
         config = replace(config, engine=found.named(config.engine))
 
         async def start(notifier: Notifier, stop: asyncio.Event) -> None:
+            notifier.progress("import", 0, 0)
             import torch
 
             if role == "prefill":
@@ -80,11 +81,12 @@ def router(settings: Settings, parent: Parent) -> None:
     config, limits = settings.of("router"), settings.of("router.limits")
     checks.check_router(config)
     if config.model is not None:
-        config = replace(config, model=resolve(config.model, parent.making)[0])
+        config = replace(config, model=resolve(config.model, parent.notifier.progress)[0])
         if (folder := Path(config.model)).is_dir():
             checks.check_text_side(folder, config.generation_config)
 
     async def start(notifier: Notifier, stop: asyncio.Event) -> None:
+        notifier.progress("import", 0, 0)
         from kvferry.router import app
 
         await app.serve(config, limits, notifier, stop)

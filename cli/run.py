@@ -17,7 +17,8 @@ from kvferry.common.telemetry import json_line, logs_are_json
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
-LOGGING = ("serve", "store", "prefill", "decode", "router")  # commands that run on, and write logs
+ROLES = ("store", "prefill", "decode", "router")  # commands that are one process of a system each
+LOGGING = ("serve", *ROLES)  # commands that run on, and write logs
 
 Start = Callable[[Notifier, asyncio.Event], Awaitable[None]]
 
@@ -30,9 +31,6 @@ class Parent:
 
     notifier: Notifier
     pid: int | None
-
-    def making(self, done: int, total: int) -> None:
-        self.notifier.progress("making the model", done, total)
 
 
 @contextmanager

@@ -40,7 +40,8 @@ def serve(settings: Settings, parent: Parent) -> None:
     checks.check_values(settings)
     with closing(display(settings.of(""))) as shown, private_folder() as folder:
         plan = make_plan(settings, folder, usable_cores())
-        found = look(plan, lambda done, total: shown.show("demo", making(done, total)))
+        found = look(plan, lambda step, done, total: shown.show("serve", Note(step, done, total)))
+        shown.show("serve", Note())
         plan = with_ports(with_model(plan, found))
         if shown.tell:  # children write to a pipe, and a terminal shows it
             plan = replace(plan, logs=replace(plan.logs, log_format="text"))
@@ -64,10 +65,6 @@ def look(plan: Plan, progress: Progress, fetch_weights: bool = True) -> Found:
     checks.check_memory(found, plan.engines, plan.store.size_bytes)
     refuse_if_too_large(plan.store)
     return found
-
-
-def making(done: int, total: int) -> Note:
-    return Note("making the model", done, total)
 
 
 @contextmanager

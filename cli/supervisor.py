@@ -68,6 +68,7 @@ class Child:
     async def start(self) -> None:
         """Start the process and wait until it says that it is ready. When it has ended instead, raises with what it
         says: ConfigError if that is that it was told something wrong, else Unavailable."""
+        self._report(self.spec.name, Note("start"))
         read_end, write_end = os.pipe()
         try:
             self._process = await asyncio.create_subprocess_exec(

@@ -83,6 +83,7 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
 
 async def tell_when_ready(nodes: Nodes, models: Models, notifier: Notifier) -> None:
     """The start is over when every kind of worker is there."""
+    notifier.progress("wait", 0, 0)
     while not await nodes.wait_for(lambda: not models.missing(), READY_LOOK_S):
         log.info("waiting: %s", models.missing())
     notifier.ready()

@@ -3,6 +3,8 @@
 import json
 import socket
 import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from kvferry.cli import checks, serve
 from kvferry.cli.flags import understood
 from kvferry.cli.foreign import FOREIGN
 from kvferry.cli.layers import resolve
-from kvferry.cli.models import Found
+from kvferry.cli.models import Found, no_progress
 from kvferry.cli.plan import make_plan
 from kvferry.cli.roles import FLAGS
 from kvferry.common.config import EngineConfig
@@ -47,6 +49,28 @@ def refusal(*arguments: object, **environment: str) -> str:
 
 def worker(folder: Path, model: object, *flags: str) -> tuple[object, ...]:
     return ("decode", model, f"--listen=unix:{folder}/d", f"--store={folder}/s", *flags)
+
+
+@pytest.fixture
+def hub():
+    """A hub that has nothing. `status` and `code`: what it says to everything."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(server.status)
+            self.send_header("X-Error-Code", server.code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(params=["serve", "decode"])
@@ -88,8 +112,39 @@ class TestModels:
 
     def test_one_that_the_hub_does_not_have(self, tmp_path):
         hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-        told = refusal("serve", "nobody/nothing", *PORTS, **hub)
-        assert "'nobody/nothing' is neither a folder nor a model of the hub's cache, and HF_HUB_OFFLINE is set" in told
+        assert refusal("serve", "nobody/nothing", *PORTS, **hub) == (
+            "kvferry serve: there is no folder nobody/nothing, and as a model of the hub it cannot be had: "
+            f"{tmp_path}/hub does not hold it, and HF_HUB_OFFLINE is set, so nothing is fetched; give a local folder, "
+            "or `demo`, which needs no network"
+        )
+
+    @pytest.mark.parametrize(
+        ("status", "code", "says"),
+        [
+            (0, "", "the hub at {hub} did not give it (Connection refused), and {cache}/hub does not hold it; give"),
+            (404, "RepoNotFound", "the hub at {hub} does not have it, or not without a token that may read it, in the"),
+            (403, "GatedRepo", "the hub at {hub} asks to accept its terms there, and for a token that may read it, in"),
+            (
+                404,
+                "RevisionNotFound",
+                "the hub at {hub} has it, but not at revision v9; give a local folder, or `demo`",
+            ),
+            (500, "", "the hub at {hub} did not give it (Server error '500 "),
+        ],
+    )
+    def test_one_that_cannot_be_fetched(self, status, code, says, start, tmp_path, hub):
+        """What was tried, how it ended, and what there is instead."""
+        hub.status, hub.code = status, code
+        if not status:
+            hub.server_close()
+        url, cache = f"http://127.0.0.1:{hub.server_port}", tmp_path / "cache"
+        told = refusal(*start("nobody/nothing", "--revision=v9"), HF_ENDPOINT=url, HF_HOME=str(cache))
+        assert ": there is no folder nobody/nothing, and as a model of the hub it cannot be had: " in told
+        assert says.format(hub=url, cache=cache) in told
+        assert told.endswith("; give a local folder, or `demo`, which needs no network")
+
+    def test_what_cannot_be_a_models_id(self, start):
+        assert "it cannot be had: this is no model's id, which is like OWNER/NAME; give" in refusal(*start("a b"))
 
     def test_one_that_does_not_fit(self, start, tmp_path):
         write_model(tmp_path / "m", elements=10**12)  # bfloat16
@@ -237,7 +292,7 @@ def look(tmp_path):
         said = {"engine.model": str(write_model(tmp_path / "m", **told)), "router.port": "0", "router.admin_port": "0"}
         said |= {path.replace("__", ".", 1): value for path, value in flags.items()}
         settings = resolve(serve.FLAGS.names(), said, {}, None)
-        serve.look(make_plan(settings, tmp_path, 2), lambda done, total: None)
+        serve.look(make_plan(settings, tmp_path, 2), no_progress)
 
     return looked
 
