@@ -20,7 +20,7 @@ MAX_BACKOFF_S = 5.0
 STEADY_S = 30.0  # who lived so long starts again with the first backoff
 MAX_FAILURES = 5
 STOP_S = 0.5  # to end, beyond what a process takes to drain
-REST_STOP_S = 2.5
+WORKERS_STOP_S, STORE_STOP_S = 2.0, 0.5
 LAST_LINES_S = 0.5  # what an ended process wrote is there; somebody who inherited its stderr may hold it open
 
 Tell = Callable[[str], None] | None
@@ -146,8 +146,8 @@ class Supervisor:
         self._clock = clock
 
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event, on_ready: Callable[[], None]) -> None:
-        """Keep everything running until `stop`, then end it: within what the front may take to drain and STOP_S +
-        REST_STOP_S, or at once on `hurry`.
+        """Keep everything running until `stop`, then end it: the front, within what it may take to drain and STOP_S,
+        the others within WORKERS_STOP_S, and last the first stage, which they use; or all at once on `hurry`.
 
         `on_ready` is called when all are ready for the first time. Raises Unavailable, after everything has ended, when
         a first start fails, a child that is not restarted ends, or restarts are exhausted.
@@ -211,7 +211,9 @@ class Supervisor:
     async def _end_all(self, hurry: asyncio.Event) -> None:
         front = [child for child in self._children if not child.spec.restart]
         draining_s = max([child.spec.drain_s for child in front], default=0.0) + STOP_S
-        for children, patience_s in ((front, draining_s), (self._children, REST_STOP_S)):
+        first, *rest = self._stages
+        later = [child for stage in rest for child in stage]
+        for children, patience_s in ((front, draining_s), (later, WORKERS_STOP_S), (first, STORE_STOP_S)):
             for child in children:
                 child.signal(signal.SIGTERM)
             await _gone(children, patience_s, hurry)

@@ -12,7 +12,17 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The request that the current task works for; tasks that it starts inherit it. Set where a request comes in: by the
 guard around the router's routes, and where a worker opens a sequence or publishes one's blocks."""
 
-NOISY = ("aiohttp.access", "asyncio", "grpc", "httpx", "httpx2", "transformers", "huggingface_hub", "filelock", "urllib3")
+NOISY = (
+    "aiohttp.access",
+    "asyncio",
+    "grpc",
+    "httpx",
+    "httpx2",
+    "transformers",
+    "huggingface_hub",
+    "filelock",
+    "urllib3",
+)
 
 
 class JsonLines(logging.Formatter):
