@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from kvferry.cli.layers import Settings, Value
@@ -49,13 +50,22 @@ def open_port(host: str, port: int, flag: str) -> int:
 
 
 def check_router(config: RouterConfig) -> None:
-    """Raise ConfigError if the router's ports are taken or its tenants file is not right."""
+    """Raise ConfigError if the router's ports are taken, or its tenants file or certificate is not right."""
     if config.tenants_file is not None:
         from kvferry.router.tenants import Tenants
 
         Tenants.load(config.tenants_file)
+    check_certs(config.certs, "router")
     open_port(config.host, config.port, "--port")
     open_port(config.admin_host, config.admin_port, "--admin-port")
+
+
+def check_certs(folder: Path | None, role: str) -> None:
+    """Raise ConfigError if a role's certificate, where it is told of one, cannot be used."""
+    if folder is not None:
+        from kvferry.common.credentials import load
+
+        load(folder, role, datetime.now(UTC))
 
 
 def check_listen(address: str, what: str) -> None:

@@ -45,6 +45,7 @@ def worker(role: str) -> Callable[[Settings, Parent], None]:
 
     def run(settings: Settings, parent: Parent) -> None:
         config = settings.of(role, role=role, engine=settings.of("engine"))
+        checks.check_certs(config.certs, role)
         checks.check_listen(config.listen, f"the {role} worker")
         found = find(config.engine.model, config.engine.revision, parent.notifier.progress)
         checks.check_model(found, config.engine)

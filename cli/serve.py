@@ -30,7 +30,7 @@ FLAGS = Flags(
     ("serve", "engine", "store", "router", "router.limits", ""),
     argument="engine.model",
     without=("store.socket", "router.model", "router.revision", "router.prefill", "router.decode", "router.store",
-             "router.drain_seconds"),
+             "router.certs", "router.drain_seconds"),
     renamed={"store.size": "--store-size"},
 )  # fmt: skip
 
@@ -57,6 +57,8 @@ def look(plan: Plan, progress: Progress, fetch_weights: bool = True) -> Found:
 
     plan = understood_plan(plan)
     checks.check_router(plan.router)
+    for worker in plan.workers:
+        checks.check_certs(worker.certs, worker.role)
     model, revision = plan.engines[0].model, plan.engines[0].revision
     found = find(model, revision, progress, fetch_weights)
     for engine in plan.engines:

@@ -15,6 +15,7 @@ from kvferry.common.errors import ConfigError
 from kvferry.common.values import require_least, setting
 
 ENVIRONMENT_PREFIX = "KVFERRY_"
+HOST_PORT = re.compile(r"(?P<host>[\w.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 MAX_SOCKET_PATH = 107  # bytes: sun_path of unix(7), less the zero at its end
 
 
@@ -46,18 +47,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_worker_address(address: str) -> str:
-    """A worker's gRPC address: `unix:/path` or a loopback `host:port`. The tenant's keys travel to it, so a plain
-    address that other hosts could reach is refused."""
+def check_worker_address(address: str, certs: Path | None) -> str:
+    """A worker's gRPC address: `unix:/path` or `host:port`. Tenants' keys travel to it, so without certificates it is
+    one that no other host can reach."""
     if address.startswith("unix:"):
         check_socket_path(address.removeprefix("unix:"), "a worker's socket path")
         return address
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal():
+    if not (found := HOST_PORT.fullmatch(address)):
         raise ConfigError(f"{address!r} is not a worker address; write unix:/path or 127.0.0.1:PORT")
-    if not is_loopback(host.strip("[]")):
+    if certs is None and not is_loopback(found["host"].strip("[]")):
         raise ConfigError(f"{address} can be reached from other hosts, and tenant keys would cross the network in the "
-                          "clear; use unix:/path or a loopback address")  # fmt: skip
+                          "clear; give --certs DIR, which `kvferry certs init DIR` makes, or use unix:/path or a "
+                          "loopback address")  # fmt: skip
     return address
 
 
@@ -161,7 +162,13 @@ class WorkerConfig:
 
     role: str
     engine: EngineConfig
-    listen: str = setting("unix:/path or a loopback host:port.", example="unix:/run/kvferry/worker")
+    listen: str = setting(
+        "unix:/path or host:port; others than loopback need --certs.", example="unix:/run/kvferry/worker"
+    )
+    certs: Path | None = setting(
+        "Folder with ca.pem and this role's certificate and key; over TCP all is TLS then. See `kvferry certs`.", None,
+        metavar="DIR", unset="none",
+    )  # fmt: skip
     store: Path = setting(
         "Unix socket of this host's store node.", follows="store.socket", example="/run/kvferry/store"
     )
@@ -172,7 +179,7 @@ class WorkerConfig:
     )
 
     def __post_init__(self) -> None:
-        check_worker_address(self.listen)
+        check_worker_address(self.listen, self.certs)
         require_least(self, 0, "single_flight_wait_s", "drain_s")
 
 
@@ -191,6 +198,10 @@ class RouterConfig:
     store: Path = setting(
         "Unix socket of this host's store node.", follows="store.socket", example="/run/kvferry/store"
     )
+    certs: Path | None = setting(
+        "Folder with ca.pem, router.pem and router.key; over TCP all is TLS then. See `kvferry certs`.", None,
+        metavar="DIR", unset="none",
+    )  # fmt: skip
     revision: str | None = setting("Branch, tag or commit of a Hugging Face id.", None, follows="engine.revision")
     host: str = setting("Address to listen on; others than loopback need a tenants file.", "127.0.0.1")
     port: int = setting("Port of the API.", 8000)
@@ -218,7 +229,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         for address in (*self.prefill, *self.decode):
-            check_worker_address(address)
+            check_worker_address(address, self.certs)
         _require(bool(self.decode), "a router needs at least one decode address")
         check_port(self.port, "the port")
         check_port(self.admin_port, "the admin port")

@@ -80,6 +80,10 @@ class IncompatibleNode(KvferryError):
     """Two processes disagree about model, dtype, block size or layout. The message gives the difference."""
 
 
+class NotAllowed(KvferryError):
+    """The caller's certificate is of a role that may not call this."""
+
+
 class ConfigError(KvferryError):
     """A flag, file or environment value is wrong. Ends the process before it starts to serve."""
 
@@ -118,6 +122,7 @@ OUTCOMES: dict[type[KvferryError], Outcome] = {
     Unavailable: Outcome(503, "UNAVAILABLE", "server_error", "unavailable", retry_after_s=2),
     DeadlineExceeded: Outcome(504, "DEADLINE_EXCEEDED", "server_error", "timeout"),
     IncompatibleNode: Outcome(500, "FAILED_PRECONDITION", "server_error", "incompatible_node"),
+    NotAllowed: Outcome(500, "PERMISSION_DENIED", "server_error", "not_allowed"),
     ConfigError: Outcome(500, "ALREADY_EXISTS", "server_error", "configuration"),
     NotANumber: Outcome(500, "DATA_LOSS", "server_error", "not_a_number"),
     Internal: Outcome(500, "INTERNAL", "server_error", "internal_error"),

@@ -33,19 +33,24 @@ def test_not_loopback(host):
 
 @pytest.mark.parametrize("address", ["unix:/run/w", "127.0.0.1:9000", "localhost:1", "[::1]:9000"])
 def test_worker_addresses(address):
-    assert check_worker_address(address) == address
+    assert check_worker_address(address, None) == address
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:9000", "[::]:9000", ":9000", "10.0.0.1:9000", "worker.local:9000"])
-def test_a_worker_that_others_could_reach_is_refused(address):
-    with pytest.raises(ConfigError, match="can be reached from other hosts"):
-        check_worker_address(address)
+@pytest.mark.parametrize("address", ["0.0.0.0:9000", "[::]:9000", "10.0.0.1:9000", "worker.local:9000"])
+def test_a_worker_that_others_could_reach_needs_certificates(address):
+    with pytest.raises(ConfigError, match=r"can be reached from other hosts, .* in the clear; give --certs DIR"):
+        check_worker_address(address, None)
+    assert check_worker_address(address, Path("certs")) == address
 
 
-@pytest.mark.parametrize("address", ["", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", "/run/worker"])
+@pytest.mark.parametrize(
+    "address",
+    ["", ":9000", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", "::1:9000", "dns:///w:9000", "w/:1", "/run/worker"],
+)
 def test_what_is_not_an_address(address):
-    with pytest.raises(ConfigError, match="is not a worker address"):
-        check_worker_address(address)
+    for certs in (None, Path("certs")):
+        with pytest.raises(ConfigError, match="is not a worker address"):
+            check_worker_address(address, certs)
 
 
 def test_every_address_of_a_config_is_checked():
@@ -55,6 +60,7 @@ def test_every_address_of_a_config_is_checked():
     for role in ("prefill", "decode"):
         with pytest.raises(ConfigError, match="other hosts"):
             dataclasses.replace(ROUTER, **{role: ("127.0.0.1:1", "10.0.0.1:1")})
+        dataclasses.replace(ROUTER, **{role: ("127.0.0.1:1", "10.0.0.1:1")}, certs=Path("certs"))
     with pytest.raises(ConfigError, match="at least one decode"):
         dataclasses.replace(ROUTER, decode=())
 
