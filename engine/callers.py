@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from kvferry.common import certs
+from kvferry.common.config import WorkerConfig
 from kvferry.common.credentials import Credentials, LiveCredentials
 from kvferry.common.errors import NotAllowed, outcome_of
 
@@ -31,6 +32,14 @@ HANDLERS = MappingProxyType(
 )
 
 log = logging.getLogger(__name__)
+
+
+def live_credentials(config: WorkerConfig) -> LiveCredentials | None:
+    """A worker's own; None where it needs none, which are a unix socket and, without `--certs`, loopback. Raises
+    ConfigError."""
+    if config.certs is None or config.listen.startswith("unix:"):
+        return None
+    return LiveCredentials(config.certs, config.role)
 
 
 def server_credentials(live: LiveCredentials) -> grpc.ServerCredentials:

@@ -19,6 +19,7 @@ from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.store_api import BlockStore
 from kvferry.common.telemetry import REQUEST_ID
 from kvferry.common.wire import SERVER_OPTIONS, answers_errors, layout_to_wire, sampling_from_wire, scope_from_wire
+from kvferry.engine.callers import OnlyRoles, live_credentials, server_credentials
 from kvferry.engine.engine import Engine
 from kvferry.engine.loading.model import LoadedModel, load_model
 from kvferry.engine.sequence import Sequence, Status
@@ -198,14 +199,19 @@ class Worker:
         stop: asyncio.Event,
     ) -> None:
         """Answer calls until `stop`, then drain: no new streams, and up to `drain_s` for those that are open."""
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        live = live_credentials(self.config)
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=() if live is None else (OnlyRoles(),))
         register(service, server)
         os.umask(0o077)  # tenants' keys come through the socket: it is for this user alone
         try:
-            server.add_insecure_port(self.config.listen)
+            if live is None:
+                server.add_insecure_port(self.config.listen)
+            else:
+                server.add_secure_port(self.config.listen, server_credentials(live))
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {self.config.listen}: {error}") from error
         await server.start()
+        looking = asyncio.create_task(live.watch()) if live else None
         loop = asyncio.create_task(self.engine.run())
         stopped = asyncio.create_task(stop.wait())
         notifier.ready()
@@ -217,6 +223,8 @@ class Worker:
             await self._drain()
         finally:
             stopped.cancel()
+            if looking:
+                looking.cancel()
             self.engine.stop()
             service.close()
             await server.stop(FAREWELL_S)  # a peer that reads has all that was sent to it by then

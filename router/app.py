@@ -12,6 +12,7 @@ from aiohttp import web
 
 from kvferry.common.clock import MonotonicClock
 from kvferry.common.config import RouterConfig
+from kvferry.common.credentials import LiveCredentials
 from kvferry.common.errors import Unavailable
 from kvferry.common.process import Notifier
 from kvferry.common.values import url_of
@@ -47,7 +48,8 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
     tenants = LiveTenants(config.tenants_file)
     store = StoreClient(config.store, 0, 0, "router")
-    nodes, metrics, clock = Nodes(config.prefill, config.decode), Metrics(), MonotonicClock()
+    live = LiveCredentials(config.certs, "router") if config.certs else None
+    nodes, metrics, clock = Nodes(config.prefill, config.decode, live), Metrics(), MonotonicClock()
     models = Models(nodes, own_defaults=config.generation_config == "auto")
     if config.model is not None:
         await models.load(config.model, config.revision)

@@ -2,29 +2,25 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import grpc
 
 from kvferry.common.block import BlockLayout
-from kvferry.common.errors import Unavailable
+from kvferry.common.credentials import Credentials, LiveCredentials
+from kvferry.common.errors import NotAllowed, Unavailable
 from kvferry.common.proto import worker_pb2 as pb
-from kvferry.common.proto.worker_pb2_grpc import DecodeStub, PrefillStub
-from kvferry.common.wire import CHANNEL_OPTIONS, KEEPALIVE, layout_from_wire
+from kvferry.common.wire import error_of, layout_from_wire
+from kvferry.router.links import Link
 from kvferry.router.subscription import Subscription
 
 RECONNECT_S = 0.1
+REFUSED_S = 2.0  # until a worker that we cannot speak to is looked at again
 SILENT_S = 5.0  # a node sends its status every second; one that is silent for so long is taken for dead
-OPTIONS = (
-    *CHANNEL_OPTIONS,
-    *KEEPALIVE,
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +38,42 @@ class ServedModel:
 
 
 class Node:
-    """One worker. `status` is None while it cannot be reached; `streams` counts the calls this router has open."""
+    """One worker. `streams` counts the calls this router has open. `following`: a link with newer certificates, which
+    takes the place of `link` once it is ready; what is under way goes on where it began."""
 
-    def __init__(self, address: str, role: str):
+    def __init__(self, address: str, role: str, credentials: Credentials | None = None):
         self.address = address
         self.role = role
-        self.channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self.stub = PrefillStub(self.channel) if role == "prefill" else DecodeStub(self.channel)
-        self.status: pb.WorkerStatus | None = None
-        self.subscription = Subscription()  # what a decode node's continues give
+        self.link = Link(address, role, credentials)
+        self.following: Link | None = None
         self.streams = 0
 
     @property
+    def stub(self) -> Link:
+        return self.link
+
+    @property
+    def subscription(self) -> Subscription:
+        return self.link.subscription
+
+    @property
+    def status(self) -> pb.WorkerStatus | None:
+        """None while it cannot be reached."""
+        return self.link.status
+
+    @status.setter
+    def status(self, status: pb.WorkerStatus | None) -> None:
+        self.link.status = status
+
+    @property
     def ready(self) -> bool:
-        heard = self.role == "prefill" or self.subscription.open
-        return heard and self.status is not None and not self.status.draining
+        return self.link.ready and not self.status.draining
+
+    @property
+    def problem(self) -> str:
+        """Why it and this router cannot speak, or not with the newest certificates, for a person; empty if they can,
+        or if it is just not there."""
+        return (self.following and self.following.problem) or self.link.problem
 
     @property
     def model(self) -> ServedModel:
@@ -77,7 +94,8 @@ class Node:
     def stream(self) -> Iterator[None]:
         self.streams += 1
         try:
-            yield
+            with self.link.used():
+                yield
         finally:
             self.streams -= 1
 
@@ -95,12 +113,14 @@ def difference(one: Node, other: Node) -> str:
 class Nodes:
     """All workers this router was told of."""
 
-    def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...]):
-        self.prefill = [Node(address, "prefill") for address in prefill]
-        self.decode = [Node(address, "decode") for address in decode]
+    def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...], live: LiveCredentials | None = None):
+        now = live.now if live else None
+        self.prefill = [Node(address, "prefill", now) for address in prefill]
+        self.decode = [Node(address, "decode", now) for address in decode]
         self.version = 0  # counts changes
+        self._live = live
         self._changed = asyncio.Condition()
-        self._watching: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._refused: set[str] = set()
 
     @property
@@ -108,48 +128,131 @@ class Nodes:
         return [*self.prefill, *self.decode]
 
     def start(self) -> None:
-        self._watching = [asyncio.create_task(self._watch(node)) for node in self.all]
-        self._watching += [asyncio.create_task(self._subscribe(node)) for node in self.decode]
+        for node in self.all:
+            self._attend(node, node.link)
+        if self._live is not None:
+            self._spawn(self._live.watch(self._renew))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        for task in self._watching:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for node in self.all:
-            await node.channel.close()
+            for link in filter(None, (node.link, node.following)):
+                await link.close()
 
-    async def _watch(self, node: Node) -> None:
-        while True:
-            try:
-                call = node.stub.Watch(pb.WatchRequest())
-                while True:
-                    async with asyncio.timeout(SILENT_S):
-                        status = await call.read()
-                    if status is grpc.aio.EOF:
-                        break
-                    await self._set_status(node, status)
-            except (grpc.aio.AioRpcError, TimeoutError) as error:
-                log.debug("watching %s: %s", node.address, type(error).__name__)
-            await self._set_status(node, None)
-            await asyncio.sleep(RECONNECT_S)
+    # -- links -----------------------------------------------------------------------------------------------------
 
-    async def _subscribe(self, node: Node) -> None:
+    def _attend(self, node: Node, link: Link) -> None:
+        link.tasks.append(asyncio.create_task(self._watch(node, link)))
+        if node.role == "decode":
+            link.tasks.append(asyncio.create_task(self._subscribe(node, link)))
+
+    def _renew(self, credentials: Credentials) -> None:
+        """There are other certificates: have a link with them beside each that has none of these."""
+        for node in self.all:
+            if node.link.secure:
+                if node.following is not None:
+                    self._spawn(node.following.close())
+                node.following = Link(node.address, node.role, credentials)
+                self._attend(node, node.following)
+
+    def _follow(self, node: Node) -> None:
+        """New calls go over the newer link, if it is ready; the older one is closed when nothing uses it."""
+        if node.following is not None and node.following.ready:
+            older, node.link, node.following = node.link, node.following, None
+            log.info("%s node at %s: new calls go with the new certificates", node.role, node.address)
+            self._spawn(self._close_unused(older))
+
+    async def _close_unused(self, link: Link) -> None:
+        try:
+            await link.unused()
+        finally:
+            await link.close()
+
+    async def _watch(self, node: Node, link: Link) -> None:
+        look_at, clock = 0.0, asyncio.get_running_loop().time
         while True:
+            heard, refusal = False, ""
             try:
-                await node.subscription.run(node.stub, self.tell)
+                refusal = await self._hear(node, link)
+                heard = link.heard.is_set()
+                await self._set_status(node, link, None)
+                if refusal:
+                    self._note_problem(node, link, refusal)
+                elif not heard and clock() >= look_at:
+                    look_at = clock() + REFUSED_S
+                    await self._wait_for_trust(node, link)
+            except Exception:  # a node that nobody watches would be lost
+                log.exception("watching %s failed", node.address)
+            await asyncio.sleep(REFUSED_S if refusal else RECONNECT_S)
+
+    async def _hear(self, node: Node, link: Link) -> str:
+        """What the worker says of itself, until it breaks off. Why it would not say it, if it has said so."""
+        try:
+            call = link.Watch(pb.WatchRequest())
+            while True:
+                async with asyncio.timeout(SILENT_S):
+                    status = await call.read()
+                if status is grpc.aio.EOF:
+                    return ""
+                await self._set_status(node, link, status)
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            log.debug("watching %s: %s", node.address, type(error).__name__)
+            why = error_of(error) if isinstance(error, grpc.aio.AioRpcError) else None
+            return f"it refuses us: {why}" if isinstance(why, NotAllowed) else ""
+
+    async def _wait_for_trust(self, node: Node, link: Link) -> None:
+        """While worker and router cannot speak for reasons that do not pass by themselves, say why, once, and knock
+        from time to time."""
+        while problem := await link.why_refused():
+            if not link.problem:
+                await link.redial()
+            self._note_problem(node, link, problem)
+            await self.tell()
+            await asyncio.sleep(REFUSED_S)
+        link.problem = ""
+
+    def _note_problem(self, node: Node, link: Link, problem: str) -> None:
+        if problem != link.problem:
+            meanwhile = "; calls go on with the certificates of before" if link is not node.link else ""
+            log.error("%s node at %s: %s%s", node.role, node.address, problem, meanwhile)
+        link.problem = problem
+
+    async def _subscribe(self, node: Node, link: Link) -> None:
+        while True:
+            await link.heard.wait()
+            try:
+                await link.subscription.run(link, partial(self._opened, node))
             except Exception:  # a node that nobody listens to would be lost
                 log.exception("listening to %s failed", node.address)
-            node.subscription = Subscription()
+            link.subscription = Subscription()
             await self.tell()
             await asyncio.sleep(RECONNECT_S)
 
-    async def _set_status(self, node: Node, status: pb.WorkerStatus | None) -> None:
-        came, went = node.status is None and status is not None, node.status is not None and status is None
-        node.status = status
-        if came:
+    async def _opened(self, node: Node) -> None:
+        self._follow(node)
+        await self.tell()
+
+    async def _set_status(self, node: Node, link: Link, status: pb.WorkerStatus | None) -> None:
+        came, went = link.status is None and status is not None, link.status is not None and status is None
+        link.status = status
+        if status is None:
+            link.heard.clear()
+        else:
+            link.heard.set()
+            link.problem = ""
+        if came and link is node.link:
             log.info("%s node at %s is there", node.role, node.address)
-        if went:
+        if went and link is node.link:
             log.warning("%s node at %s is gone", node.role, node.address)
+        self._follow(node)
         await self.tell()
 
     async def tell(self) -> None:
