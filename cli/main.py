@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvferry.cli import check_config, demo, keys, roles, serve, tenants
+from kvferry.cli import certs, check_config, demo, keys, roles, serve, tenants
 from kvferry.cli.flags import mistyped, with_flags
 from kvferry.cli.run import EXIT_CONFIG, tell_failure
 
@@ -43,6 +43,7 @@ commands.command("check-config", epilog="Example: kvferry check-config --config 
 )
 commands.add_typer(keys.app, name="keys")
 commands.add_typer(tenants.app, name="tenants")
+commands.add_typer(certs.app, name="certs")
 
 
 @commands.command("version", epilog="Example: kvferry version")
