@@ -47,6 +47,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def split_address(address: str, what: str) -> tuple[str, int]:
+    """Host and port of `host:port`; an IPv6 address stands in brackets. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not bare or (":" in bare and bare == host) or not port.isdecimal() or not 0 < int(port) <= 65535:
+        raise ConfigError(f"{what} {address!r} is not HOST:PORT, such as 10.0.0.1:7700")
+    return bare, int(port)
+
+
 def check_worker_address(address: str, certs: Path | None) -> str:
     """A worker's gRPC address: `unix:/path` or `host:port`. Tenants' keys travel to it, so without certificates it is
     one that no other host can reach."""
@@ -115,8 +124,50 @@ class StoreConfig:
     size_bytes: int = setting("Memory for blocks, taken whole at the start.", 2**30, name="size")
     lease_s: float = setting("How long a silent connection keeps its leases.", 10.0)
     writing_per_connection: int = setting("Blocks that one worker may be writing at a time.", 1024)
+    listen: str | None = setting(
+        "HOST:PORT at which stores of other hosts fetch blocks.", None, metavar="ADDRESS", unset="this host alone"
+    )
+    advertise: str | None = setting(
+        "HOST:PORT by which other stores reach it.", None, metavar="ADDRESS", unset="what it listens on"
+    )
+    redis: str | None = setting(
+        "Redis that tells who has which block: redis://HOST:PORT, redis+sentinel://... or redis+cluster://...", None,
+        metavar="URL", unset="none: blocks are only fetched from where they were just computed",
+    )  # fmt: skip
+    redis_user: str | None = setting("Its user.", None, unset="the default one")
+    redis_password_file: Path | None = setting("File with the password for Redis.", None, secret=True, unset="none")
+    redis_ca_file: Path | None = setting("Certificates that rediss:// trusts.", None, unset="the system's")
+    peer_secret_file: Path | None = setting(
+        "File with the secret by which the stores of a cluster know one another.", None, secret=True, unset="none"
+    )
+    cluster: str = setting("What the stores that belong together call themselves.", "kvferry")
+    connections: int = setting("Connections by which one fetch may use each other store, 1 to 4.", 2)
+
+    @property
+    def address(self) -> str:
+        """By which other stores reach this one; empty if they cannot."""
+        return self.advertise or self.listen or ""
+
+    @property
+    def only_sealed(self) -> bool:
+        """Whether plain blocks could leave the host."""
+        return self.listen is not None and not is_loopback(split_address(self.listen, "--listen")[0])
 
     def __post_init__(self) -> None:
+        if self.listen is not None:
+            host, _ = split_address(self.listen, "--listen")
+            _require(self.advertise is not None or host not in ("0.0.0.0", "::"),
+                     f"--listen {self.listen} is on all interfaces; give --advertise HOST:PORT as well")  # fmt: skip
+            _require(self.peer_secret_file is not None,
+                     "--listen needs --peer-secret-file, so that only this cluster's stores are served; "
+                     "`kvferry certs init DIR` makes one")  # fmt: skip
+        if self.advertise is not None:
+            _require(self.listen is not None, "--advertise says how others reach a store that has no --listen")
+            split_address(self.advertise, "--advertise")
+        _require(self.redis is None or self.listen is not None,
+                 "--redis tells other hosts what this store has, so it needs --listen too")  # fmt: skip
+        _require(1 <= self.connections <= 4, f"{self.connections} connections to a store are not possible; give 1 to 4")
+        _require(0 < len(self.cluster) <= 64, "a cluster's name has 1 to 64 characters")
         _require(self.size_bytes >= 2**20, f"a store of {self.size_bytes} bytes is too small; give at least 1MiB")
         _require(self.lease_s >= 0.2, f"leases of {self.lease_s} s are too short; give at least 0.2")
         _require(self.writing_per_connection >= 1, "a connection that may write no block is useless; give at least 1")

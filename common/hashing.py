@@ -16,11 +16,12 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import NewType
+from typing import Annotated, NewType
 
 import msgspec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from msgspec import Meta
 
 from kvferry.common.block import LAYOUT_VERSION, BlockLayout
 
@@ -30,7 +31,10 @@ TenantId = NewType("TenantId", str)
 NAME_BYTES = 32
 KEY_BYTES = 32
 TENANT_SALT_BYTES = 32
+MAX_SPAN = 65536  # blocks of a chain in one message
 SEGMENT = 64  # blocks of a chain that the directory keeps side by side
+
+Name = Annotated[BlockName, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)]  # where it is decoded
 
 
 def length_prefixed(*fields: str | bytes | int) -> bytes:
@@ -89,13 +93,13 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     scope's root for the chain's first block).
 
     The directory keeps the names of one segment of `SEGMENT` blocks together; `anchor` is the name of the block at
-    which the segment of `names[0]` begins.
+    which the segment of `names[0]` begins. The bounds hold for what is decoded.
     """
 
-    names: tuple[BlockName, ...]
-    first: int
-    parent: BlockName
-    anchor: BlockName
+    names: Annotated[tuple[Name, ...], Meta(max_length=MAX_SPAN)]
+    first: Annotated[int, Meta(ge=0, lt=2**32)]
+    parent: Name
+    anchor: Name
 
     @classmethod
     def of(cls, names: Sequence[BlockName], root: BlockName, first: int = 0, end: int | None = None) -> "Span":

@@ -45,6 +45,7 @@ class Catalog:
         self._blocks: dict[BlockName, Committed] = {}
         self._children: dict[BlockName, int] = {}  # committed children by parent's name, whether that is here or not
         self._ghosts: OrderedDict[BlockName, MissReason] = OrderedDict()
+        self._leaving: dict[int, Committed] = {}  # erased while leased, by slot
 
     def __contains__(self, name: BlockName) -> bool:
         return name in self._blocks
@@ -80,6 +81,9 @@ class Catalog:
     def unpin(self, block: Committed) -> None:
         block.pins -= 1
         self._refresh(block)
+        if not block.pins and self._leaving.get(block.slot) is block:
+            del self._leaving[block.slot]
+            self._table.evict(block.slot)
 
     def evict_for(self, tenant: str) -> bool:
         """Free one slot for `tenant`, if the policy finds a victim."""
@@ -100,10 +104,23 @@ class Catalog:
         self._table.quarantine(slot)
         return True
 
+    def erase(self, tenant: str) -> int:
+        """Take all blocks of a tenant out; how many. The slots of leased ones follow when their leases end."""
+        blocks = [block for block in self._blocks.values() if block.tenant == tenant]
+        for block in blocks:
+            self._remove(block, MissReason.EVICTED)
+            if block.pins:
+                self._leaving[block.slot] = block
+            else:
+                self._table.evict(block.slot)
+        return len(blocks)
+
     def check_integrity(self, pins: dict[int, int]) -> None:
         """`pins`: how many leases hold each block, by `id(block)`. Raises RuntimeError."""
         blocks = self._blocks
-        self._table.check_integrity(block.slot for block in blocks.values())
+        self._table.check_integrity([*(block.slot for block in blocks.values()), *self._leaving])
+        if any(block.pins < 1 or block.pins != pins.get(id(block), 0) for block in self._leaving.values()):
+            raise RuntimeError("an erased block stays in its slot for no lease")
         if blocks.keys() & self._ghosts.keys() or len(self._ghosts) > MAX_GHOSTS:
             raise RuntimeError("a committed name is remembered as gone, or too many are")
         children: dict[BlockName, int] = {}

@@ -4,8 +4,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -14,8 +15,9 @@ from kvferry.common.config import WorkerConfig
 from kvferry.common.errors import IncompatibleNode
 from kvferry.common.failpoints import Failpoints
 from kvferry.common.hashing import Span
-from kvferry.common.store_api import Claim, Match, MissReason, Payload, Reservation, StoreStats
+from kvferry.common.store_api import Claim, Located, Match, MissReason, Payload, Reservation, StoreStats
 from kvferry.kvstore import protocol as say
+from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.copying import blocks_per_chunk, copy_in, copy_out
 from kvferry.kvstore.link import Link, Unreachable
 
@@ -27,16 +29,21 @@ RECONNECT_MOST_S = 1.0
 TOUCH_BYTES = 64 * 2**20
 SPEED_WEIGHT = 0.2  # of the newest chunk in `pull_bytes_per_s`
 
+BAD_SLOT = "the store names a slot that its arena does not have"
 NOT_THERE = Match(miss=MissReason.STORE_UNREACHABLE)
 T = TypeVar("T")
 
 
-class _Held(NamedTuple):
-    """A lease: the link that gave it, the node's number for it, and what it was asked for."""
+@dataclass(slots=True)
+class _Held:
+    """A lease: the link that gave it, the node's numbers for it, to which blocks that come later add, and what was
+    asked for."""
 
     link: Link
-    number: int
+    numbers: list[int]
     span: Span
+    tenant: str = ""
+    holder: str = ""
 
 
 class StoreClient:
@@ -69,6 +76,16 @@ class StoreClient:
         return cls(config.store, layout.block_bytes, layout.segments, config.role, Failpoints(config.failpoints))
 
     @property
+    def address(self) -> str:
+        """By which other hosts' nodes reach the one we are connected to; empty if there is none, or it has none."""
+        return self._link.welcome.address if self._link is not None else ""
+
+    @property
+    def only_sealed(self) -> bool:
+        """Whether the node takes sealed blocks alone."""
+        return self._link is not None and self._link.welcome.sealed
+
+    @property
     def connected(self) -> bool:
         return self._link is not None and not self._link.lost.is_set()
 
@@ -99,22 +116,25 @@ class StoreClient:
         wait_s = min(max(wait_s, 0.0), say.MAX_WAIT_S)
         try:
             link = self._current()
-            request = say.Lookup(link.next_id(), say.span(span), tenant, holder, wait_s, lease)
+            request = say.Lookup(link.next_id(), span.from_(0, say.MAX_NAMES), tenant, holder, wait_s, lease)
             reply = await link.request(
                 request, say.Matched, REPLY_S + wait_s, lambda late: post_release(link, late.match.lease)
             )
         except Unreachable:
             return NOT_THERE
         match = reply.match
-        if link.arena is not None and any(not 0 <= block.slot < link.arena.slots for block in match.blocks):
-            link.drop("the store names a slot that its arena does not have")
+        if link.arena is not None and not are_slots(link.arena, match.blocks):
+            link.drop(BAD_SLOT)
             return NOT_THERE
-        return msgspec.structs.replace(match, lease=self._remember(link, match.lease, span))
+        if not len(match):
+            return match
+        held = _Held(link, [match.lease] if match.lease else [], span, tenant, holder)
+        return msgspec.structs.replace(match, lease=self._remember(held) if lease else 0)
 
     async def reserve(self, span: Span, *, tenant: str) -> Reservation:
         try:
             link = self._current()
-            request = say.Reserve(link.next_id(), say.span(span), tenant)
+            request = say.Reserve(link.next_id(), span.from_(0, say.MAX_NAMES), tenant)
             reply = await link.request(
                 request, say.Reserved, REPLY_S, lambda late: post_release(link, late.reservation.lease)
             )
@@ -122,28 +142,58 @@ class StoreClient:
             return Reservation((Claim.REFUSED,) * len(span))
         got = reply.reservation
         claims = got.claims + (Claim.REFUSED,) * (len(span) - len(got.claims))
-        return Reservation(claims, self._remember(link, got.lease, span), got.boot_id)
+        return Reservation(claims, self._remember(_Held(link, [got.lease], span)) if got.lease else 0, got.boot_id)
 
     async def publish(self, reservation: Reservation, blocks: Sequence[Payload], seal: bytes | None = None) -> int:
         self._require_block_sizes([block.data for block in blocks])
         if not blocks or (held := self._leases.get(reservation.lease)) is None:
             return 0
         try:
-            return await self._publish(held.link, held.number, blocks[: say.MAX_NAMES], seal)
+            return await self._publish(held.link, held.numbers[0], blocks[: say.MAX_NAMES], seal)
         except Unreachable:
             return 0
 
     async def pull(self, match: Match, into: Sequence[memoryview], seal: bytes | None = None) -> int:
         self._require_block_sizes(into)
-        into = into[: len(match.blocks)]
+        into = into[: len(match)]
         if (held := self._leases.get(match.lease)) is None:
             return 0
-        link, span = held.link, held.span
+        blocks, good = match.blocks, 0
+        while good < len(into) and blocks:
+            copied = await self._copy_out(held, good, blocks[: len(into) - good], into[good:], seal)
+            good += copied
+            if copied < len(blocks) or good == len(into):
+                break
+            blocks = await self._next(held, good, len(into))
+        return good
+
+    async def _next(self, held: _Held, first: int, end: int) -> tuple[Located, ...]:
+        """The blocks of a match from `first` on that have come since; waits for the first of them, unless none is on
+        its way any more."""
+        link = held.link
+        try:
+            span = held.span.from_(first, end)
+            request = say.Lookup(link.next_id(), span, held.tenant, held.holder, again=True)
+            reply = await link.request(request, say.Matched, REPLY_S, lambda late: post_release(link, late.match.lease))
+        except Unreachable:
+            return ()
+        if reply.match.lease:
+            held.numbers.append(reply.match.lease)
+        if link.arena is None or not are_slots(link.arena, reply.match.blocks):
+            link.drop(BAD_SLOT)
+            return ()
+        return reply.match.blocks
+
+    async def _copy_out(
+        self, held: _Held, first: int, blocks: Sequence[Located], into: Sequence[memoryview], seal: bytes | None
+    ) -> int:
+        """Copy and verify blocks of a match, from its block `first` on; how many leading ones are good."""
+        link, span = held.link, held.span.from_(first, first + len(blocks))
         chain = (span.parent, *span.names)
         good = 0
         step = blocks_per_chunk(self._block_bytes)
-        for start in range(0, len(into), step):
-            chunk = match.blocks[start : min(start + step, len(into))]
+        for start in range(0, len(blocks), step):
+            chunk = blocks[start : start + step]
             if link.lost.is_set() or link.arena is None:
                 break
             names, room = chain[start : start + len(chunk) + 1], into[start : start + len(chunk)]
@@ -161,12 +211,22 @@ class StoreClient:
     async def release(self, lease: int) -> bool:
         if (held := self._leases.pop(lease, None)) is None:
             return False
-        link = held.link
+        link, stayed = held.link, True
         try:
-            reply = await link.request(say.Release(link.next_id(), held.number), say.Released, REPLY_S)
+            for number in held.numbers:
+                reply = await link.request(say.Release(link.next_id(), number), say.Released, REPLY_S)
+                stayed &= reply.held
         except Unreachable:
             return False
-        return reply.held
+        return stayed
+
+    async def erase(self, tenant: str) -> None:
+        """Drop all blocks of a tenant (a pseudonym) that this host's node has."""
+        try:
+            link = self._current()
+            await link.request(say.Erase(link.next_id(), tenant), say.Done, REPLY_S)
+        except Unreachable as error:
+            log.warning("the store cannot be told to drop an erased tenant's blocks: %s", error)
 
     async def stats(self) -> StoreStats | None:
         try:
@@ -254,13 +314,11 @@ class StoreClient:
             raise Unreachable("not connected")
         return self._link
 
-    def _remember(self, link: Link, lease: int, span: Span) -> int:
-        """Our handle for a lease that the node gave us. The node's numbers start anew with each node, ours never."""
-        if not lease:
-            return 0
+    def _remember(self, held: _Held) -> int:
+        """Our handle for a lease. The node's numbers start anew with each node, ours never."""
         self._last_lease += 1
-        if not link.lost.is_set():
-            self._leases[self._last_lease] = _Held(link, lease, span)
+        if not held.link.lost.is_set():
+            self._leases[self._last_lease] = held
         return self._last_lease
 
     async def _connect(self) -> None:
@@ -302,6 +360,10 @@ class StoreClient:
             await link.close()
             self._link = None
             self._leases = {ours: held for ours, held in self._leases.items() if held.link is not link}
+
+
+def are_slots(arena: ArenaMap, blocks: Sequence[Located]) -> bool:
+    return all(0 <= block.slot < arena.slots for block in blocks)
 
 
 async def beat(link: Link) -> None:

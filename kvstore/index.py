@@ -15,6 +15,7 @@ from kvferry.common.clock import Clock
 from kvferry.common.hashing import BlockName, Span
 from kvferry.common.store_api import Claim, Located, Match, MissReason, Reservation, StoreStats
 from kvferry.kvstore.catalog import Catalog, Committed
+from kvferry.kvstore.directory import Key
 from kvferry.kvstore.eviction import EvictionPolicy
 from kvferry.kvstore.protocol import MAX_NAMES, CommitOutcome, ProtocolError, Written
 from kvferry.kvstore.slots import SlotTable, Writing
@@ -26,6 +27,7 @@ COUNTERS = (
     "late_commits",
     "bad_blocks",
     "evicted",
+    "erased",
     "lookups",
     "blocks_looked_up",
     "blocks_found",
@@ -33,7 +35,10 @@ COUNTERS = (
 
 
 class _Connection(msgspec.Struct, eq=False):
+    """`bringing`: what it reserves is not being computed, but on its way here from another host."""
+
     expires: float
+    bringing: bool = False
     leases: dict[int, "_Lease"] = {}
     reserved: int = 0  # names reserved, with or without a slot
     writing: int = 0  # slots in writing, also those whose reservation is gone
@@ -52,6 +57,7 @@ class _Pending(msgspec.Struct, eq=False):
 
     name: BlockName
     parent: BlockName
+    anchor: BlockName
     tenant: str
     lease: _Lease
     writing: Writing | None = None
@@ -80,6 +86,7 @@ class Index:
         self._pending: dict[BlockName, _Pending] = {}
         self._connections: dict[int, _Connection] = {}
         self._settled: list[BlockName] = []
+        self._fresh: list[Key] = []
         self._serial = 0
         self._counts = dict.fromkeys(COUNTERS, 0)
 
@@ -90,10 +97,10 @@ class Index:
 
     # -- connections ---------------------------------------------------------------------------------------------
 
-    def connect(self) -> int:
+    def connect(self, *, bringing: bool = False) -> int:
         self.tick()
         self._serial += 1
-        self._connections[self._serial] = _Connection(self._clock.now() + self._lease_s)
+        self._connections[self._serial] = _Connection(self._clock.now() + self._lease_s, bringing)
         return self._serial
 
     def renew(self, connection: int) -> None:
@@ -121,10 +128,16 @@ class Index:
         settled, self._settled = self._settled, []
         return settled
 
+    def take_committed(self) -> list[Key]:
+        """Blocks that came to be there since the last call, for the directory."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
     # -- looking up ----------------------------------------------------------------------------------------------
 
-    def lookup(self, connection: int, names: Sequence[BlockName], *, lease: bool) -> Match:
-        """The leading committed names. `lease=False` changes nothing: no lease, no recency, no counter."""
+    def lookup(self, connection: int, names: Sequence[BlockName], *, lease: bool, again: bool = False) -> Match:
+        """The leading committed names, and how many behind them are on their way. `lease=False` changes nothing: no
+        lease, no recency, no counter. `again`: these names have been counted as looked up."""
         self.tick()
         found = self._catalog.leading(names)
         blocks = tuple([block.located for block in found])
@@ -134,21 +147,50 @@ class Index:
             miss = MissReason.BEING_WRITTEN if first in self._pending else self._catalog.why_missing(first)
         if not lease:
             return Match(blocks, 0, 0, self._boot_id, miss)
-        self._counts["lookups"] += 1
-        self._counts["blocks_looked_up"] += len(names)
+        coming = self._coming(names[len(found) :])
+        if coming and len(found) + coming == len(names):
+            miss = None
+        self._counts["lookups"] += not again
+        self._counts["blocks_looked_up"] += 0 if again else len(names)
         self._counts["blocks_found"] += len(found)
         if not found:
-            return Match((), 0, 0, self._boot_id, miss)
+            return Match((), coming, 0, self._boot_id, miss)
         number, held = self._new_lease(connection)
         for block in found:
             self._pin(held, block)
-        return Match(blocks, 0, number, self._boot_id, miss)
+        return Match(blocks, coming, number, self._boot_id, miss)
 
     def being_computed(self, names: Sequence[BlockName]) -> BlockName | None:
         """The first missing name, if anybody is computing it; that may be another stream of the one who asks."""
         self.tick()
         first = next((name for name in names if name not in self._catalog), None)
         return first if first in self._pending else None
+
+    def missing_from(self, names: Sequence[BlockName]) -> int:
+        """How many leading names are committed."""
+        return next((i for i, name in enumerate(names) if name not in self._catalog), len(names))
+
+    def is_pending(self, name: BlockName) -> bool:
+        return name in self._pending
+
+    def is_coming(self, name: BlockName) -> bool:
+        """Whether it is on its way from another host."""
+        return bool(self._coming((name,)))
+
+    def is_there(self, name: BlockName) -> bool:
+        return name in self._catalog
+
+    def is_known(self, name: BlockName) -> bool:
+        """Whether a block is there, or will be unless something fails."""
+        return name in self._catalog or name in self._pending
+
+    def _coming(self, names: Sequence[BlockName]) -> int:
+        """How many leading names are on their way from other hosts."""
+        for count, name in enumerate(names):
+            pending = self._pending.get(name)
+            if pending is None or not pending.lease.connection.bringing:
+                return count
+        return len(names)
 
     # -- computing and publishing --------------------------------------------------------------------------------
 
@@ -158,7 +200,7 @@ class Index:
         number, lease = self._new_lease(connection)
         claims = []
         parent = span.parent
-        for name in span.names:
+        for name, anchor in zip(span.names, span.anchors(), strict=True):
             if name == parent:
                 raise ProtocolError("a block cannot be its own parent")
             if (block := self._catalog.get(name)) is not None:
@@ -169,7 +211,7 @@ class Index:
             elif owner.reserved >= MAX_NAMES:
                 claims.append(Claim.REFUSED)
             else:
-                self._pending[name] = lease.pending[name] = _Pending(name, parent, tenant, lease)
+                self._pending[name] = lease.pending[name] = _Pending(name, parent, anchor, tenant, lease)
                 owner.reserved += 1
                 claims.append(Claim.GRANTED)
             parent = name
@@ -177,6 +219,15 @@ class Index:
             del owner.leases[number]
             number = 0
         return Reservation(tuple(claims), number, self._boot_id)
+
+    def withdraw(self, connection: int, lease: int, names: Sequence[BlockName]) -> None:
+        """These names, reserved under `lease` and without a slot, are not to be computed here."""
+        self.tick()
+        held = self._connections[connection].leases.get(lease)
+        for name in names:
+            pending = None if held is None else held.pending.get(name)
+            if pending is not None and pending.writing is None:
+                self._withdraw(pending)
 
     def grant(
         self, connection: int, lease: int, names: Sequence[BlockName]
@@ -247,6 +298,17 @@ class Index:
         taken_out = self._catalog.quarantine(name, slot)
         self._counts["bad_blocks"] += taken_out
         return taken_out
+
+    def erase(self, tenant: str) -> int:
+        """Drop a tenant's blocks, and what it is computing. How many blocks that were; leased ones leave their slots
+        when their leases end."""
+        self.tick()
+        self.changes += 1
+        for pending in [one for one in self._pending.values() if one.tenant == tenant]:
+            self._withdraw(pending)
+        erased = self._catalog.erase(tenant)
+        self._counts["erased"] += erased
+        return erased
 
     # -- numbers and truth ---------------------------------------------------------------------------------------
 
@@ -361,6 +423,7 @@ class Index:
             entry = Committed(block.name, block.parent, writing.tenant, located, now)
             self._catalog.add(entry)
             self._pin(pending.lease, entry)
+            self._fresh.append(Key(pending.anchor, block.name))
             self._counts["published"] += 1
             return CommitOutcome.COMMITTED
         self._table.abort(writing)

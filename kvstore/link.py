@@ -90,6 +90,17 @@ class Link:
                 os.close(fd)
         return cls(welcome, arena, reader, writer)
 
+    @classmethod
+    async def over(cls, peer: socket.socket, boot_id: bytes) -> "Link":
+        """To another host's node that has accepted us on this socket, which the link owns from here on: it may be asked
+        what an observer may ask."""
+        try:
+            reader, writer = await asyncio.open_connection(sock=peer)
+        except BaseException:
+            peer.close()
+            raise
+        return cls(say.Welcome(boot_id, 0, 0, 0, 0.0), None, reader, writer)
+
     async def request(
         self, message: say.Request, expect: type[R], timeout_s: float, if_abandoned: Callable[[R], None] | None = None
     ) -> R:

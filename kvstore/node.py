@@ -1,14 +1,14 @@
 """The store node: one process a host, which owns the arena and answers over a unix socket.
 
-It moves no block bytes; it only says who may read and write which slot. Each connection is a task of its own. The
-index is touched by the event loop alone and by one message at a time, so it needs no lock.
+Of blocks that stay on the host it moves no bytes; it only says who may read and write which slot. Each connection is a
+task of its own. The index is touched by the event loop alone and by one message at a time, so it needs no lock.
 """
 
 import asyncio
-import errno
 import logging
 import os
 import socket
+from collections.abc import Awaitable, Callable
 
 from kvferry.common.block import slot_stride
 from kvferry.common.clock import MonotonicClock
@@ -16,10 +16,12 @@ from kvferry.common.config import StoreConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.process import Notifier, available_memory, claim_socket_path
 from kvferry.kvstore import protocol as say
-from kvferry.kvstore.arena import create_arena
+from kvferry.kvstore.arena import ArenaMap, create_arena
 from kvferry.kvstore.conversation import Conversation, Waiters
 from kvferry.kvstore.eviction import FairLru
 from kvferry.kvstore.index import Index
+from kvferry.kvstore.network import Network, accept, listen_for_peers, read_secret, redis_target
+from kvferry.kvstore.peering import exactly
 from kvferry.kvstore.protocol import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -36,16 +38,17 @@ async def serve(config: StoreConfig, notifier: Notifier, stop: asyncio.Event) ->
     """
     claim_socket_path(config.socket, "the store")
     refuse_if_too_large(config)
+    check_network(config)
     arena = await create_arena(config.size_bytes, lambda done, total: notifier.progress("prefault", done, total))
     try:
         claim_socket_path(config.socket, "the store")
         listener = listen(config)
         inode = os.stat(config.socket).st_ino
         try:
+            outside = listen_for_peers(config.listen) if config.listen else None
             node = Node(config, arena)
-            notifier.ready()
             log.info("store of %d bytes at %s", config.size_bytes, config.socket)
-            await node.run(listener, stop)
+            await node.run(listener, stop, outside, notifier.ready)
         finally:
             listener.close()
             remove_socket(config, inode)
@@ -60,6 +63,16 @@ def refuse_if_too_large(config: StoreConfig) -> None:
             f"a store of {config.size_bytes / 2**30:.1f} GiB does not fit into the {available / 2**30:.1f} GiB of "
             "memory that this host has available; give a smaller --size (--store-size of `kvferry serve`)"
         )
+
+
+def check_network(config: StoreConfig) -> None:
+    """Raise ConfigError for what is wrong about the files and addresses by which a node meets others."""
+    if config.peer_secret_file is not None:
+        read_secret(config.peer_secret_file)
+    if config.redis is not None:
+        redis_target(config)
+    if config.listen is not None:
+        listen_for_peers(config.listen).close()
 
 
 def listen(config: StoreConfig) -> socket.socket:
@@ -103,36 +116,46 @@ class Node:
             boot_id=self._boot_id,
         )
         self._waiters = Waiters(self._index)
+        self._network: Network | None = None
+        self._map: ArenaMap | None = None  # only a node with a network touches blocks
         self._connections: set[asyncio.Task] = set()
 
-    async def run(self, listener: socket.socket, stop: asyncio.Event) -> None:
-        tasks = [
-            asyncio.create_task(stop.wait()),
-            asyncio.create_task(self._accept(listener)),
-            asyncio.create_task(self._keep_house()),
-        ]
+    async def run(
+        self,
+        listener: socket.socket,
+        stop: asyncio.Event,
+        outside: socket.socket | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Answer until `stop` is set: workers of this host at `listener`, other nodes at `outside`, which is closed at
+        the end."""
+        tasks = [asyncio.create_task(stop.wait())]
         try:
+            if outside is not None:
+                self._network = await Network.open(self._config, self._boot_id, self._index, self._waiters)
+                tasks.append(asyncio.create_task(self._accept(outside, self._network.sender.serve)))
+                log.info("other stores reach it at %s", self._config.address)
+            tasks.append(asyncio.create_task(self._accept(listener, self._serve_peer)))
+            tasks.append(asyncio.create_task(self._keep_house()))
+            ready()
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            if outside is not None:
+                outside.close()
             for task in (*tasks, *self._connections):
                 task.cancel()
             results = await asyncio.gather(*tasks, *self._connections, return_exceptions=True)
+            if self._network is not None:
+                await self._network.close()
+            if self._map is not None:
+                self._map.retire()
         for result in results:
             if isinstance(result, Exception):
                 raise result
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+    async def _accept(self, listener: socket.socket, serve: Callable[[socket.socket], Awaitable[None]]) -> None:
         while True:
-            try:
-                peer, _ = await loop.sock_accept(listener)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
-                    raise
-                log.error("cannot accept a connection: %s", error.strerror)
-                await asyncio.sleep(0.1)
-                continue
-            task = asyncio.create_task(self._serve_peer(peer))
+            task = asyncio.create_task(serve(await accept(listener)))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
 
@@ -145,6 +168,8 @@ class Node:
             await asyncio.sleep(step)
             self._index.tick()
             self._waiters.wake()
+            if self._network is not None:
+                self._network.tick()
             now = self._clock.now()
             if self._index.changes != changes:
                 changes, changed_at = self._index.changes, now
@@ -179,15 +204,17 @@ class Node:
             peer.close()
             raise
         try:
-            await Conversation(self._index, self._waiters, hello, reader, writer).run()
+            reach = self._network.reach if self._network is not None else None
+            only_sealed = self._config.only_sealed
+            await Conversation(self._index, self._waiters, hello, reader, writer, reach, only_sealed).run()
         finally:
             writer.close()
 
     async def _greet(self, peer: socket.socket) -> say.Hello | None:
         """Answer the hello: with a welcome and the arena, or with a refusal (None)."""
         loop = asyncio.get_running_loop()
-        length = say.body_length(await receive_exactly(peer, say.LENGTH.size))
-        hello = say.decode("hello", await receive_exactly(peer, length))
+        length = say.body_length(await exactly(peer, say.LENGTH.size))
+        hello = say.decode("hello", await exactly(peer, length))
         if problem := self._problem_with(hello):
             log.warning("refused a %s: %s", hello.role or "client", problem)
             await loop.sock_sendall(peer, say.encode(say.Refused(problem, incompatible=True)))
@@ -196,10 +223,23 @@ class Node:
             self._block_bytes = hello.block_bytes
             self._slots = self._slots_of(hello.block_bytes)
             self._index.divide(self._slots, hello.block_bytes)
+            if self._network is not None:
+                self._map = ArenaMap(self._arena, self._slots, hello.block_bytes, slot_stride(hello.block_bytes))
+                self._network.use(self._map)
             log.info("the arena has %d slots for blocks of %d bytes", self._slots, hello.block_bytes)
         stride = slot_stride(self._block_bytes)
-        lease_s = self._config.lease_s
-        welcome = say.encode(say.Welcome(self._boot_id, self._slots, self._block_bytes, stride, lease_s))
+        config = self._config
+        welcome = say.encode(
+            say.Welcome(
+                self._boot_id,
+                self._slots,
+                self._block_bytes,
+                stride,
+                config.lease_s,
+                config.address,
+                config.only_sealed,
+            )
+        )
         fds = [self._arena] if hello.block_bytes else []
         # A fresh socket's buffer takes a frame this small whole and at once.
         if socket.send_fds(peer, [welcome], fds) != len(welcome):
@@ -222,14 +262,3 @@ class Node:
         if not self._slots_of(hello.block_bytes):
             return f"a block of {hello.block_bytes} bytes does not fit an arena of {self._config.size_bytes} bytes"
         return ""
-
-
-async def receive_exactly(peer: socket.socket, size: int) -> bytes:
-    """`size` bytes from a non-blocking socket. Raises EOFError."""
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while len(data) < size:
-        if not (piece := await loop.sock_recv(peer, size - len(data))):
-            raise EOFError(f"the connection closed after {len(data)} of {size} bytes")
-        data += piece
-    return bytes(data)

@@ -13,20 +13,18 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from kvferry.common import hashing
 from kvferry.common.block import MAX_SEGMENTS, PROOF_BYTES
 from kvferry.common.errors import KvferryError
-from kvferry.common.hashing import NAME_BYTES
+from kvferry.common.hashing import MAX_SPAN, Name, Span
 from kvferry.common.store_api import Claim, Match, Reservation, StoreStats
 
 VERSION = 1
 MAX_FRAME_BYTES = 16 * 2**20  # holds a full answer to a look-up of MAX_NAMES names
-MAX_NAMES = 65536
+MAX_NAMES = MAX_SPAN
 MAX_WAIT_S = 600.0
 LENGTH = struct.Struct("<I")
 SALT_BYTES = 16
 
-Name = Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=MAX_NAMES)]
 Slot = Annotated[int, Meta(ge=0, lt=2**32)]
 Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # a request's id, or a lease
@@ -54,13 +52,19 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The answer to `Hello`. An arena that no worker has divided yet has no slots and block_bytes 0."""
+    """The answer to `Hello`. An arena that no worker has divided yet has no slots and block_bytes 0.
+
+    `address`: where other hosts' nodes reach this one; empty where they cannot. `sealed`: it takes no plain blocks,
+    since they could leave the host.
+    """
 
     boot_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
     slots: int
     block_bytes: int
     slot_stride: int
     lease_s: float
+    address: Annotated[str, Meta(max_length=300)] = ""
+    sealed: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -70,17 +74,9 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     incompatible: bool = False
 
 
-class Span(msgspec.Struct, frozen=True, array_like=True):
-    """common.hashing.Span, with its bounds."""
-
-    names: Names
-    first: Annotated[int, Meta(ge=0, lt=2**32)]
-    parent: Name
-    anchor: Name
-
-
 class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
-    """`holder` is another node's address, or nothing."""
+    """`holder` is another node's address, or nothing. `again`: it goes on with what an earlier one found to be coming;
+    it is not counted anew."""
 
     id: Number
     span: Span
@@ -88,6 +84,7 @@ class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
     holder: Annotated[str, Meta(max_length=300)] = ""
     wait_s: Annotated[float, Meta(ge=0, le=MAX_WAIT_S)] = 0.0
     lease: bool = True
+    again: bool = False
 
 
 class Reserve(msgspec.Struct, frozen=True, tag="reserve"):
@@ -146,6 +143,13 @@ class Quarantine(msgspec.Struct, frozen=True, tag="quarantine"):
     slot: Slot
 
 
+class Erase(msgspec.Struct, frozen=True, tag="erase"):
+    """Drop all blocks of a tenant."""
+
+    id: Number
+    tenant: Pseudonym
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     id: Number
 
@@ -181,7 +185,7 @@ class Released(msgspec.Struct, frozen=True, tag="released"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The answer to what needs none: `Renew`, `Abort`, `Quarantine`."""
+    """The answer to what needs none: `Renew`, `Abort`, `Quarantine`, `Erase`."""
 
     id: int
 
@@ -191,7 +195,7 @@ class Counted(msgspec.Struct, frozen=True, tag="counted"):
     stats: StoreStats
 
 
-Request = Lookup | Reserve | Grant | Commit | Abort | Release | Renew | Quarantine | Stats
+Request = Lookup | Reserve | Grant | Commit | Abort | Release | Renew | Quarantine | Erase | Stats
 Reply = Matched | Reserved | Granted | Committed | Released | Done | Counted | Refused
 Message = Hello | Welcome | Request | Reply
 Kind = Literal["hello", "greeting", "request", "reply"]
@@ -203,11 +207,6 @@ _DECODERS: dict[Kind, msgspec.msgpack.Decoder] = {
     "request": msgspec.msgpack.Decoder(Request),
     "reply": msgspec.msgpack.Decoder(Reply),
 }
-
-
-def span(span: hashing.Span) -> Span:
-    """A span as it is said, cut to the names that one message takes."""
-    return Span(span.names[:MAX_NAMES], span.first, span.parent, span.anchor)
 
 
 def encode(message: Message) -> bytes:

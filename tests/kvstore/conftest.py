@@ -1,13 +1,17 @@
 """Real store nodes and workers, each a process of its own, for the tests of this folder."""
 
 import asyncio
+import hashlib
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -27,18 +31,20 @@ ROOT = b"root".ljust(32)
 
 
 class Node:
-    """One store process. `socket` stays the same over `start` and `kill`."""
+    """One store process. `socket` and `address` stay the same over `start` and `kill`. `prefix`: what its command is
+    run by."""
 
-    def __init__(self, socket: Path, size_bytes: int, lease_s: float, writing: int):
+    def __init__(self, socket: Path, prefix: Sequence[str] = (), **config: object):
         self.socket = socket
-        self._arguments = [str(socket), str(size_bytes), str(lease_s)]
-        self._writing = str(writing)
+        self.address = config.get("advertise") or config.get("listen") or ""
+        self._config = json.dumps({"socket": str(socket), **config})
+        self._prefix = prefix
         self.process: subprocess.Popen | None = None
 
     def start(self) -> list[Note]:
         """Until ready; what it said on the way. Raises RuntimeError if it ends instead."""
         read, write = os.pipe()
-        command = [sys.executable, str(HERE / "node_process.py"), *self._arguments, str(write), self._writing]
+        command = [*self._prefix, sys.executable, str(HERE / "node_process.py"), str(write), self._config]
         self.process = subprocess.Popen(command, pass_fds=[write])
         os.close(write)
         with os.fdopen(read, "rb") as pipe:
@@ -99,13 +105,31 @@ class Ground:
         self._folder = folder
         self._running: list[Node | Worker] = []
 
-    def node(self, slots: int = 64, lease_s: float = 10.0, writing: int = 1024, start: bool = True) -> Node:
+    def node(
+        self,
+        slots: int = 64,
+        lease_s: float = 10.0,
+        writing: int = 1024,
+        start: bool = True,
+        prefix: Sequence[str] = (),
+        **config: object,
+    ) -> Node:
         path = self._folder / f"s{len(self._running)}.sock"
-        node = Node(path, max(slots * BLOCK_BYTES, 2**20), lease_s, writing)
+        config |= {"size_bytes": max(slots * BLOCK_BYTES, 2**20), "lease_s": lease_s, "writing_per_connection": writing}
+        node = Node(path, prefix, **config)
         self._running.append(node)
         if start:
             node.start()
         return node
+
+    def peer(self, host: str = "127.0.0.1", secret: str = "the secret of all stores", **config: object) -> Node:
+        """A node that other nodes reach, at a port that was free."""
+        file = self._folder / f"secret-{hashlib.sha256(secret.encode()).hexdigest()[:8]}"
+        file.touch(0o600)
+        file.write_text(secret)
+        with socket.create_server((host if "prefix" not in config else "127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        return self.node(listen=f"{host}:{port}", peer_secret_file=str(file), **config)
 
     def worker(self, node: Node, label: str, count: int, *failpoints: str) -> Worker:
         worker = Worker(node, label, count, *failpoints)

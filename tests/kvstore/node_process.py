@@ -1,10 +1,11 @@
-"""A store node as a process of its own: `python node_process.py SOCKET SIZE_BYTES LEASE_S NOTIFY_FD [WRITING]`."""
+"""A store node as a process of its own: `python node_process.py NOTIFY_FD STORE_CONFIG_AS_JSON`."""
 
 import asyncio
 import os
 import signal
 import sys
-from pathlib import Path
+
+import msgspec
 
 from kvferry.common.config import LogConfig, StoreConfig
 from kvferry.common.process import Notifier, die_with_parent
@@ -13,9 +14,8 @@ from kvferry.kvstore.node import serve
 
 
 async def main() -> None:
-    socket, size, lease, fd, *writing = sys.argv[1:]
-    bound = {"writing_per_connection": int(writing[0])} if writing else {}
-    config = StoreConfig(socket=Path(socket), size_bytes=int(size), lease_s=float(lease), **bound)
+    fd, config = sys.argv[1:]
+    config = msgspec.convert(msgspec.json.decode(config), StoreConfig, dec_hook=lambda kind, text: kind(text))
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await serve(config, Notifier(int(fd)), stop)

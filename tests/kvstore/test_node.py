@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from kvferry.common.config import StoreConfig
+from kvferry.common.hashing import Span
 from kvferry.common.store_api import Located, Match
 from kvferry.kvstore import node as node_module
 from kvferry.kvstore import protocol as say
@@ -13,7 +14,7 @@ from kvferry.kvstore.node import Node, listen
 from kvferry.kvstore.protocol import ProtocolError
 
 NAME = b"n" * 32
-SPAN = say.Span((NAME,), 0, b"r" * 32, NAME)
+SPAN = Span((NAME,), 0, b"r" * 32, NAME)
 
 
 def test_a_damaged_index_ends_the_node(ground, monkeypatch):
@@ -35,7 +36,7 @@ def test_a_damaged_index_ends_the_node(ground, monkeypatch):
     "message",
     [
         say.Lookup(1, SPAN, "tenant", "host:1", 1.5, False),
-        say.Reserve(2, say.Span((NAME, b"m" * 32), 5, b"r" * 32, b"a" * 32), "tenant"),
+        say.Reserve(2, Span((NAME, b"m" * 32), 5, b"r" * 32, b"a" * 32), "tenant"),
         say.Grant(3, 7, (NAME,)),
         say.Commit(4, 7, (say.Written(NAME, b"r" * 32, 5, b"s" * 16, b"c" * 128),)),
         say.Abort(5, (1, 2)),

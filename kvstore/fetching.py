@@ -1,0 +1,209 @@
+"""Bringing blocks here from other nodes, straight from the socket into slots of this arena.
+
+The blocks that come are reserved like those that somebody computes, so that nobody computes or brings them twice; each
+few megabytes that have arrived are committed, so that a worker copies the first while the last are on their way. Spread
+over those who have them; what one does not deliver in time, the next is asked for.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvferry.common.errors import IncompatibleNode
+from kvferry.common.hashing import Span
+from kvferry.common.store_api import Claim
+from kvferry.kvstore.arena import ArenaMap
+from kvferry.kvstore.index import Index
+from kvferry.kvstore.link import Unreachable
+from kvferry.kvstore.peering import MAX_FETCH
+from kvferry.kvstore.peers import Inflow, Peers, Slow
+from kvferry.kvstore.protocol import ProtocolError, Written
+
+log = logging.getLogger(__name__)
+
+STRIPE_BYTES = 32 * 2**20  # a connection takes so much at a time where there are several
+COMMIT_BYTES = 4 * 2**20  # so much arrives before it is committed
+LEAST_BYTES_PER_S = 50e6  # who sends more slowly than this is not waited for: computing is quicker
+PATIENCE_S = 2.0  # beside that
+MAX_PARTS = 512  # buffers of one recvmsg; the system takes 1024
+KEEP_S = 2.0  # so long after the last block has come they stay leased, for those who waited
+FAILED = (Slow, ProtocolError, IncompatibleNode, EOFError, OSError)
+
+Sources = Sequence[Sequence[str]]  # for each name, the addresses that may have it
+
+
+class Fetcher:
+    """Brings blocks. Owns a connection of the index, which its node renews by `renew`."""
+
+    def __init__(self, index: Index, changed: Callable[[], None], peers: Peers, connections: int, only_sealed: bool):
+        self.bytes = 0  # brought and committed
+        self._index = index
+        self._changed = changed
+        self._peers = peers
+        self._connections = connections
+        self._only_sealed = only_sealed
+        self._arena: ArenaMap | None = None
+        self._connection = index.connect(bringing=True)
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="kvferry-fetch")
+        self._running: set[asyncio.Task[None]] = set()
+        self._inflows: set[Inflow] = set()
+
+    def use(self, arena: ArenaMap) -> None:
+        """The arena is divided."""
+        self._arena = arena
+
+    def renew(self) -> None:
+        self._index.renew(self._connection)
+
+    def begin(self, span: Span, tenant: str, sources: Sources) -> None:
+        """Bring what can be had of the leading names, for which there are sources. From now on they are known to be on
+        their way, until they are there or nobody delivers them."""
+        if self._arena is None or not sources:
+            return
+        span = span.from_(0, min(len(sources), MAX_FETCH))
+        reservation = self._index.reserve(self._connection, span, tenant=tenant)
+        wanted = [i for i, claim in enumerate(reservation.claims) if claim is Claim.GRANTED]
+        task = asyncio.create_task(self._bring(span, wanted, reservation.lease, sources))
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        """End what is under way; no thread touches the arena afterwards."""
+        for inflow in self._inflows:
+            inflow.interrupt()
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("bringing blocks failed", exc_info=error)
+
+    async def _bring(self, span: Span, wanted: list[int], lease: int, sources: Sources) -> None:
+        size = len(wanted) * self._arena.block_bytes
+        deadline = time.monotonic() + PATIENCE_S + size / LEAST_BYTES_PER_S
+        failed: set[str] = set()
+        try:
+            while wanted and time.monotonic() < deadline:
+                lanes = self._lanes(wanted, sources, failed)
+                if not lanes:
+                    break
+                lacking = await asyncio.gather(
+                    *(self._lane(span, part, lease, address, deadline) for address, part in lanes)
+                )
+                failed |= {address for (address, _), lack in zip(lanes, lacking, strict=True) if lack}
+                wanted = sorted(i for lack in lacking for i in lack)
+            self._index.withdraw(self._connection, lease, [span.names[i] for i in wanted])
+            self._changed()
+            await asyncio.sleep(KEEP_S)
+        finally:
+            self._index.release(self._connection, lease)
+            self._changed()
+
+    def _lanes(self, wanted: list[int], sources: Sources, failed: set[str]) -> list[tuple[str, list[int]]]:
+        """Who is asked for which blocks: stripes in turn over the connections, up to the first that nobody has."""
+        possible = [[a for a in sources[i] if a not in failed and self._peers.usable(a)] for i in wanted]
+        end = next((n for n, addresses in enumerate(possible) if not addresses), len(wanted))
+        wanted, possible = wanted[:end], possible[:end]
+        if not wanted:
+            return []
+        stripe = max(1, STRIPE_BYTES // self._arena.block_bytes)
+        addresses = list(dict.fromkeys(a for some in possible for a in some))
+        lanes = [(a, []) for a in addresses for _ in range(min(self._connections, -(-len(wanted) // stripe)))]
+        if len(addresses) == 1 and len(lanes) == 1:
+            return [(addresses[0], wanted)]
+        for number, start in enumerate(range(0, len(wanted), stripe)):
+            part = slice(start, start + stripe)
+            able = [parts for a, parts in lanes if all(a in some for some in possible[part])] or [
+                parts for a, parts in lanes if a in possible[start]
+            ]
+            able[number % len(able)].extend(wanted[part])
+        return [(a, parts) for a, parts in lanes if parts]
+
+    async def _lane(self, span: Span, part: list[int], lease: int, address: str, deadline: float) -> list[int]:
+        """Fetch by one connection; what did not come."""
+        for fresh in (False, True):
+            try:
+                inflow = await self._peers.inflow(address, fresh)
+            except Unreachable as error:
+                log.debug("%s", error)
+                return part
+            self._inflows.add(inflow)
+            try:
+                came, whole = await self._receive(inflow, span, part, lease, deadline)
+            except FAILED as error:
+                inflow.close()
+                if inflow.used and not fresh:  # it was kept too long: the peer has been started anew, or let it go
+                    part = [i for i in part if not self._index.is_there(span.names[i])]
+                    continue
+                self._peers.failed(address, error)
+                return [i for i in part if not self._index.is_there(span.names[i])]
+            except BaseException:
+                inflow.close()
+                raise
+            finally:
+                self._inflows.discard(inflow)
+            if whole:
+                self._peers.give_back(inflow, address)
+            else:
+                inflow.close()
+            return part[came:]
+        return part
+
+    async def _receive(
+        self, inflow: Inflow, span: Span, part: list[int], lease: int, deadline: float
+    ) -> tuple[int, bool]:
+        """How many of the blocks came, and whether that was all that was sent. Raises one of FAILED."""
+        index, arena = self._index, self._arena
+        names = [span.names[i] for i in part]
+        sent = await inflow.request(names, arena.block_bytes)
+        if self._only_sealed and not all(block.salt for block in sent):
+            raise ProtocolError("it sends plain blocks, and this store takes only sealed ones")
+        _, slots = index.grant(self._connection, lease, names[: len(sent)])
+        taken = next((n for n, slot in enumerate(slots) if slot is None), len(slots))
+        index.abort(self._connection, [slot for slot in slots[taken:] if slot is not None])
+        parents = [span.names[i - 1] if i else span.parent for i in part]
+        written = [
+            Written(name, parent, slot, block.salt, block.proofs)
+            for name, parent, slot, block in zip(names, parents, slots[:taken], sent, strict=False)
+        ]
+        self._changed()
+        await self._land(inflow, written, lease, deadline)
+        return taken, taken == len(sent)
+
+    async def _land(self, inflow: Inflow, written: list[Written], lease: int, deadline: float) -> None:
+        """Receive into granted slots and commit them as they fill. However this ends, no thread writes to them then."""
+        index, arena, loop = self._index, self._arena, asyncio.get_running_loop()
+        done = 0
+
+        def arrived(count: int) -> None:
+            nonlocal done
+            index.commit(self._connection, lease, written[done:count])
+            self.bytes += (count - done) * arena.block_bytes
+            done = count
+            self._changed()
+
+        if not written:
+            return
+        step = min(max(1, COMMIT_BYTES // arena.block_bytes), MAX_PARTS)
+        try:
+            with arena.in_use():
+                views = [arena.slot(block.slot) for block in written]
+                receiving = loop.run_in_executor(
+                    self._threads, inflow.receive, views, deadline,
+                    lambda count: loop.call_soon_threadsafe(arrived, count), step,
+                )  # fmt: skip
+                del views
+                try:
+                    await asyncio.shield(receiving)
+                except asyncio.CancelledError:
+                    inflow.interrupt()
+                    await asyncio.wait([receiving])
+                    raise
+        finally:
+            index.abort(self._connection, [block.slot for block in written[done:]])
+            self._changed()

@@ -1,0 +1,227 @@
+"""The connections from this node to others: one to ask, and a few to fetch, each. Who does not answer is left alone for
+a while, and said so once."""
+
+import asyncio
+import logging
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+
+from kvferry.common.clock import Clock
+from kvferry.common.errors import IncompatibleNode
+from kvferry.kvstore import peering
+from kvferry.kvstore.link import Link, Unreachable
+from kvferry.kvstore.peering import Fetch, Identity, Met, Purpose, Sending, Sent
+from kvferry.kvstore.protocol import ProtocolError
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 1.0  # to be connected and accepted
+STALL_S = 0.5  # a sender from whom nothing comes for so long is taken for slow
+AWAY_FIRST_S, AWAY_MOST_S = 0.5, 10.0  # so long a peer that failed is left alone
+AWAY_INCOMPATIBLE_S = 30.0
+IDLE_MOST = 4  # fetch connections kept for each peer
+
+
+class Slow(Exception):
+    """A peer stopped sending, or sends too slowly to be worth waiting for."""
+
+
+class Inflow:
+    """One connection to fetch by, used for one request at a time."""
+
+    def __init__(self, peer: socket.socket, met: Met):
+        self.met = met
+        self._peer = peer
+        self.used = False
+
+    async def request(self, names: Sequence[bytes], block_bytes: int) -> tuple[Sent, ...]:
+        """Ask for blocks; what verifies the leading ones, whose bytes come next. Raises Slow, ProtocolError,
+        IncompatibleNode, EOFError, OSError."""
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await asyncio.get_running_loop().sock_sendall(
+                    self._peer, peering.frame(Fetch(tuple(names), block_bytes))
+                )
+                sending = await peering.hear(self._peer, Sending)
+        except TimeoutError:
+            raise Slow(f"no answer within {CONNECT_S:g} s") from None
+        if len(sending.blocks) > len(names):
+            raise ProtocolError("more blocks are sent than were asked for")
+        return sending.blocks
+
+    def receive(self, views: Sequence[memoryview], deadline: float, arrived: Callable[[int], None], step: int) -> None:
+        """Fill `views`, in order; `arrived(n)` whenever `n` of them, `step` more than before, are full. Runs in a
+        thread. Raises Slow, EOFError, OSError."""
+        peer = self._peer
+        peer.setblocking(True)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(STALL_S))
+        try:
+            for start in range(0, len(views), step):
+                part = views[start : start + step]
+                fill(peer, part, deadline)
+                arrived(start + len(part))
+        finally:
+            peer.setblocking(False)
+
+    def interrupt(self) -> None:
+        """Have a thread that receives end, and the connection with it."""
+        try:
+            self._peer.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it is not connected any more
+            return
+
+    def close(self) -> None:
+        self._peer.close()
+
+
+def timeval(seconds: float) -> bytes:
+    """A `struct timeval` for SO_RCVTIMEO and SO_SNDTIMEO."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+def fill(peer: socket.socket, views: Sequence[memoryview], deadline: float) -> None:
+    """Receive exactly into `views`. Raises Slow, EOFError, OSError."""
+    left = list(views)
+    while left:
+        try:
+            got = peer.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError:
+            raise Slow(f"nothing came for {STALL_S:g} s") from None
+        if not got:
+            raise EOFError("the connection closed in the middle of a block")
+        while left and got >= len(left[0]):
+            got -= len(left.pop(0))
+        if left and got:
+            left[0] = left[0][got:]
+        if left and time.monotonic() > deadline:
+            raise Slow("it sends too slowly to wait for")
+
+
+class Peer:
+    """Another node, by its address. `away_until`: it is not tried before."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.boot_id = b""  # when it was last met
+        self.away_until = 0.0
+        self.asking: Link | None = None
+        self.opening = asyncio.Lock()
+        self.idle: list[Inflow] = []
+        self._failures = 0
+        self._told = ""
+
+    def failed(self, error: BaseException, now: float) -> None:
+        """Leave it alone for a while; longer with each time in a row, and longest when no retry can help."""
+        incompatible = isinstance(error, IncompatibleNode)
+        pause = AWAY_INCOMPATIBLE_S if incompatible else min(AWAY_FIRST_S * 2**self._failures, AWAY_MOST_S)
+        self._failures += 1
+        self.away_until = now + pause
+        reason = str(error) or type(error).__name__
+        if reason != self._told:
+            self._told = reason
+            log.log(logging.ERROR if incompatible else logging.WARNING, "the store at %s: %s", self.address, reason)
+
+    def met(self, boot_id: bytes) -> None:
+        if self._told:
+            log.info("the store at %s is back", self.address)
+        self.boot_id, self._failures, self._told, self.away_until = boot_id, 0, "", 0.0
+
+
+class Peers:
+    """All other nodes that this one has heard of. Belongs to the event loop."""
+
+    def __init__(self, me: Identity, clock: Clock):
+        self.me = me
+        self._clock = clock
+        self._peers: dict[str, Peer] = {}
+
+    def usable(self, address: str) -> bool:
+        """Whether it is another node, and not known to be away."""
+        peer = self._peers.get(address)
+        return address != self.me.address and (peer is None or peer.away_until <= self._clock.now())
+
+    def boot_id(self, address: str) -> bytes:
+        """Of the process that was last met there; empty if none was."""
+        peer = self._peers.get(address)
+        return peer.boot_id if peer is not None else b""
+
+    async def ask(self, address: str) -> Link:
+        """A link for messages to a node. Raises Unreachable."""
+        peer = self._of(address)
+        async with peer.opening:
+            if peer.asking is None or peer.asking.lost.is_set():
+                sock, met = await self._connect(peer, "ask")
+                peer.asking = await Link.over(sock, met.boot_id)
+            return peer.asking
+
+    async def inflow(self, address: str, fresh: bool = False) -> Inflow:
+        """A connection to fetch by, which `give_back` or `close` must follow. Raises Unreachable."""
+        peer = self._of(address)
+        while peer.idle and not fresh:
+            inflow = peer.idle.pop()
+            if inflow.met.boot_id == peer.boot_id:
+                return inflow
+            inflow.close()
+        return Inflow(*await self._connect(peer, "fetch"))
+
+    def give_back(self, inflow: Inflow, address: str) -> None:
+        """It has delivered all that it was asked for, and may be used again."""
+        peer, inflow.used = self._of(address), True
+        if len(peer.idle) < IDLE_MOST:
+            peer.idle.append(inflow)
+        else:
+            inflow.close()
+
+    def failed(self, address: str, error: BaseException) -> None:
+        self._of(address).failed(error, self._clock.now())
+
+    async def close(self) -> None:
+        for peer in self._peers.values():
+            for inflow in peer.idle:
+                inflow.close()
+            if peer.asking is not None:
+                await peer.asking.close()
+
+    def _of(self, address: str) -> Peer:
+        return self._peers.setdefault(address, Peer(address))
+
+    async def _connect(self, peer: Peer, purpose: Purpose) -> tuple[socket.socket, Met]:
+        if not self.usable(peer.address):
+            raise Unreachable(f"the store at {peer.address} is left alone for a while")
+        sock = None
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                sock = await connect(peer.address)
+                met = await peering.call(sock, self.me, purpose)
+        except (OSError, EOFError, ProtocolError, IncompatibleNode, ValueError) as error:  # TimeoutError is an OSError
+            if sock is not None:
+                sock.close()
+            told = OSError(f"no connection within {CONNECT_S:g} s") if isinstance(error, TimeoutError) else error
+            peer.failed(told, self._clock.now())
+            raise Unreachable(f"the store at {peer.address}: {told}") from error
+        except BaseException:
+            if sock is not None:
+                sock.close()
+            raise
+        peer.met(met.boot_id)
+        return sock, met
+
+
+async def connect(address: str) -> socket.socket:
+    """A connected, non-blocking socket to `host:port`. Raises OSError, ValueError."""
+    loop = asyncio.get_running_loop()
+    host, _, port = address.rpartition(":")
+    (family, kind, protocol, _, where), *_ = await loop.getaddrinfo(
+        host.strip("[]"), int(port), type=socket.SOCK_STREAM
+    )
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await loop.sock_connect(sock, where)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,162 @@
+"""What a node does beyond its own arena: it finds out who else has blocks and has them brought here, says what it has,
+and sees to it that no two hosts compute the same prefix at once."""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Coroutine, Sequence
+
+from kvferry.common.clock import Clock
+from kvferry.common.hashing import SEGMENT, BlockName, Span
+from kvferry.common.store_api import Claim, Match, MissReason
+from kvferry.kvstore import protocol as say
+from kvferry.kvstore.directory import Directory, Holder, Key
+from kvferry.kvstore.fetching import Fetcher
+from kvferry.kvstore.index import Index
+from kvferry.kvstore.link import Unreachable
+from kvferry.kvstore.peers import Peers
+
+log = logging.getLogger(__name__)
+
+ASK_S = 1.0  # for an answer that needs no waiting
+RENEW_S = 0.7  # claims last two seconds
+MAX_ELSEWHERE = 4096
+
+
+class Reach:
+    """Belongs to the event loop, like the index. All methods answer within the directory's budget, unless they say that
+    they wait."""
+
+    def __init__(self, index: Index, directory: Directory, peers: Peers, fetcher: Fetcher, clock: Clock):
+        self._index, self._directory, self._peers, self._fetcher = index, directory, peers, fetcher
+        self._clock = clock
+        self._elsewhere: OrderedDict[BlockName, Holder] = OrderedDict()  # who was seen to compute the fill from there
+        self._claims: dict[BlockName, Key] = {}  # ours, by the first block
+        self._renewed = clock.now()
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def bring(self, span: Span, tenant: str, holder: str) -> None:
+        """Have the span, whose first block is not here, begin to come, as far as anybody has it."""
+        if not self._index.is_known(span.names[0]):
+            self._fetcher.begin(span, tenant, await self._sources(span, holder))
+
+    async def seen(self, span: Span) -> int:
+        """How many leading blocks of the span, which are not here, others seem to have."""
+        return len(await self._sources(span, ""))
+
+    async def wait(self, span: Span, deadline: float) -> bool:
+        """While another host computes the first block of the span, wait there, until it is done or `deadline` (the
+        loop's time). Whether there was anything to wait for."""
+        owner = self._elsewhere.get(span.names[0])
+        if owner is None:
+            return False
+        left = deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            return False
+        await self._ask(owner, span, min(left, say.MAX_WAIT_S))
+        return True
+
+    async def claim(self, span: Span, claims: Sequence[Claim]) -> int | None:
+        """Of a reservation that this node has given: the index from which on another host computes already; None if
+        nobody does."""
+        first = next((i for i, claim in enumerate(claims) if claim is Claim.GRANTED), None)
+        if first is None:
+            return None
+        name, key = span.names[first], Key(span.anchors(first, first + 1)[0], span.names[first])
+        owner = await self._directory.claim(key)
+        if owner is not None and owner.address != self._peers.me.address:
+            if await self._is_computing(owner, span.from_(first, first + 1)):
+                self._elsewhere[name] = owner
+                self._elsewhere.move_to_end(name)
+                if len(self._elsewhere) > MAX_ELSEWHERE:
+                    self._elsewhere.popitem(last=False)
+                return first
+            if await self._directory.claim(key, instead_of=owner) is not None:
+                return None  # somebody else was quicker; both compute, and the first writer wins
+        self._elsewhere.pop(name, None)
+        self._claims[name] = key
+        return None
+
+    def used(self, span: Span, count: int) -> None:
+        """The leading blocks of a span were found here."""
+        self.announce(keys_of(span.from_(0, count)))
+
+    def announce(self, keys: Sequence[Key]) -> None:
+        """Say what is here, without waiting."""
+        if keys:
+            self._later(self._directory.announce(keys))
+
+    def tick(self) -> None:
+        """Keep the claims of what is being computed here. Call a few times a second."""
+        if self._clock.now() - self._renewed < RENEW_S:
+            return
+        self._renewed = self._clock.now()
+        self._claims = {name: key for name, key in self._claims.items() if self._index.is_pending(name)}
+        if self._claims:
+            self._later(self._directory.renew(list(self._claims.values())))
+
+    async def close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    def _later(self, doing: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(doing)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("telling the directory failed", exc_info=error)
+
+    async def _sources(self, span: Span, holder: str) -> list[list[str]]:
+        """For the leading names that somebody else should have: where. A named holder should have all of them."""
+        known = [holder] if holder and holder != self._peers.me.address else []
+        if (owner := self._elsewhere.get(span.names[0])) is not None:
+            known.append(owner.address)
+        located = await self._located(span)
+        if not known:
+            return located
+        located += [[]] * (len(span) - len(located))
+        return [[*known, *(address for address in one if address not in known)] for one in located]
+
+    async def _located(self, span: Span) -> list[list[str]]:
+        """What the directory says of the leading names."""
+        sources: list[list[str]] = []
+        # Most prefixes that nobody has show in their first segment; the rest is asked for at once.
+        for start, end in ((0, SEGMENT), (SEGMENT, len(span))):
+            part = span.from_(start, end) if start < len(span) else None
+            if part is None or len(sources) < start:
+                break
+            for holders in await self._directory.locate(keys_of(part)):
+                addresses = [one.address for one in holders if self._is_alive(one)]
+                if not addresses:
+                    break
+                sources.append(addresses)
+        return sources
+
+    def _is_alive(self, holder: Holder) -> bool:
+        """Whether a hint may be right: the node may be asked, and has not been started anew since."""
+        met = self._peers.boot_id(holder.address)
+        return self._peers.usable(holder.address) and met in (b"", holder.boot_id)
+
+    async def _is_computing(self, owner: Holder, span: Span) -> bool:
+        match = await self._ask(owner, span, 0.0)
+        return match is not None and (bool(match.blocks) or match.miss is MissReason.BEING_WRITTEN)
+
+    async def _ask(self, owner: Holder, span: Span, wait_s: float) -> Match | None:
+        """What the owner says of a span; None if it is not there any more."""
+        try:
+            link = await self._peers.ask(owner.address)
+            if link.welcome.boot_id != owner.boot_id:
+                return None
+            request = say.Lookup(link.next_id(), span, wait_s=wait_s, lease=False)
+            return (await link.request(request, say.Matched, ASK_S + wait_s)).match
+        except Unreachable as error:
+            log.debug("%s", error)
+            return None
+
+
+def keys_of(span: Span) -> list[Key]:
+    return list(map(Key, span.anchors(), span.names))

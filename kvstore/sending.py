@@ -1,0 +1,175 @@
+"""The node's side towards other nodes: it accepts those that know the secret, answers what they ask, and sends the
+blocks they fetch straight from the arena."""
+
+import asyncio
+import logging
+import select
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvferry.common.errors import IncompatibleNode
+from kvferry.kvstore import peering
+from kvferry.kvstore import protocol as say
+from kvferry.kvstore.arena import ArenaMap
+from kvferry.kvstore.conversation import Conversation, Waiters
+from kvferry.kvstore.index import Index
+from kvferry.kvstore.peering import Fetch, Identity, Met, Sending, Sent
+from kvferry.kvstore.protocol import ProtocolError
+
+log = logging.getLogger(__name__)
+
+GREETING_S = 2.0
+MAX_STRANGERS = 64  # connections that have not proved themselves yet; more are closed
+MAX_PEERS = 1024  # connections
+SEND_BYTES = 64 * 2**20  # sent in one go; the blocks' lease is renewed in between
+SEND_STALL_S = 5.0  # a receiver that takes nothing for so long is given up
+MAX_PARTS = 512  # buffers of one sendmsg; the system takes 1024
+TOLD_AGAIN_S = 10.0  # a reason for refusing callers is logged once in so long
+
+
+class Sender:
+    """Serves connections from other nodes."""
+
+    def __init__(self, me: Identity, index: Index, waiters: Waiters):
+        self.bytes = 0  # of blocks sent
+        self._me = me
+        self._index = index
+        self._waiters = waiters
+        self._arena: ArenaMap | None = None
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="kvferry-send")
+        self._strangers = self._peers = 0
+        self._told: dict[str, float] = {}
+        self._sending: set[socket.socket] = set()
+
+    def use(self, arena: ArenaMap) -> None:
+        """The arena is divided."""
+        self._arena = arena
+
+    async def serve(self, peer: socket.socket) -> None:
+        """One connection, from its first word to its close. Whatever it sends, nobody else is harmed."""
+        where = peer.getpeername()[0]
+        try:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            met = await self._meet(peer)
+            if met is None:
+                return
+            self._peers += 1
+            try:
+                await (self._answer(peer, met) if met.purpose == "ask" else self._send(peer, met))
+            finally:
+                self._peers -= 1
+        except (ProtocolError, IncompatibleNode) as error:
+            self._tell(where, str(error))
+        except (EOFError, OSError) as error:  # TimeoutError is an OSError
+            log.debug("a connection from %s ended: %r", where, error)
+        finally:
+            peer.close()
+
+    async def close(self) -> None:
+        """End what is being sent; the connections' tasks are cancelled by who started them."""
+        for peer in self._sending:
+            interrupt(peer)
+        await asyncio.to_thread(self._threads.shutdown)
+
+    async def _meet(self, peer: socket.socket) -> Met | None:
+        if self._strangers >= MAX_STRANGERS or self._peers >= MAX_PEERS:
+            raise ProtocolError("too many connections at once; it was closed")
+        self._strangers += 1
+        try:
+            async with asyncio.timeout(GREETING_S):
+                return await peering.answer(peer, self._me)
+        finally:
+            self._strangers -= 1
+
+    def _tell(self, where: str, reason: str) -> None:
+        """Why a caller was sent away; a reason once in a while, so that nobody can fill the log."""
+        now = time.monotonic()
+        self._told = {key: until for key, until in self._told.items() if until > now}
+        if (key := f"{where} {reason}") not in self._told and len(self._told) < MAX_STRANGERS:
+            self._told[key] = now + TOLD_AGAIN_S
+            log.warning("refused a store at %s: %s", where, reason)
+
+    async def _answer(self, peer: socket.socket, met: Met) -> None:
+        reader, writer = await asyncio.open_connection(sock=peer.dup())  # which it owns
+        try:
+            hello = say.Hello(say.VERSION, f"store at {met.address}", 0)
+            await Conversation(self._index, self._waiters, hello, reader, writer).run()
+        finally:
+            writer.close()
+
+    async def _send(self, peer: socket.socket, met: Met) -> None:
+        connection = self._index.connect()
+        try:
+            while True:
+                fetch = await peering.hear(peer, Fetch)
+                self._index.renew(connection)
+                await self._send_blocks(peer, connection, fetch)
+        finally:
+            self._index.disconnect(connection)
+            self._waiters.wake()
+
+    async def _send_blocks(self, peer: socket.socket, connection: int, fetch: Fetch) -> None:
+        """Answer one request; the blocks are leased while they are sent."""
+        arena = self._arena
+        if arena is not None and fetch.block_bytes != arena.block_bytes:
+            problem = (
+                f"blocks have {arena.block_bytes} bytes here and {fetch.block_bytes} there: model, dtype, block size "
+                "or layout differ; such stores cannot be of one cluster"
+            )
+            await peering.refuse(peer, problem)
+        match = self._index.lookup(connection, fetch.names, lease=True, again=True)
+        try:
+            headers = tuple([Sent(block.salt, block.proofs) for block in match.blocks])
+            await asyncio.get_running_loop().sock_sendall(peer, peering.frame(Sending(headers)))
+            step = max(1, SEND_BYTES // fetch.block_bytes)
+            for start in range(0, len(match.blocks), step):
+                slots = [block.slot for block in match.blocks[start : start + step]]
+                await self._in_thread(peer, slots)
+                self._index.renew(connection)
+        finally:
+            held = not match.lease or self._index.release(connection, match.lease)
+        if not held:
+            raise ProtocolError("the blocks' lease ended while they were sent; they may be torn")
+
+    async def _in_thread(self, peer: socket.socket, slots: Sequence[int]) -> None:
+        with self._arena.in_use():
+            views = [self._arena.slot(slot) for slot in slots]
+            self._sending.add(peer)
+            sending = asyncio.get_running_loop().run_in_executor(self._threads, send_all, peer, views)
+            del views
+            try:
+                await asyncio.shield(sending)
+            except asyncio.CancelledError:
+                interrupt(peer)
+                await asyncio.wait([sending])
+                raise
+            finally:
+                self._sending.discard(peer)
+        self.bytes += len(slots) * self._arena.block_bytes
+
+
+def interrupt(peer: socket.socket) -> None:
+    """Have a thread that sends end."""
+    try:
+        peer.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it is not connected any more
+        return
+
+
+def send_all(peer: socket.socket, views: list[memoryview]) -> None:
+    """Send all of it. Blocks; raises OSError when nothing is taken for `SEND_STALL_S`."""
+    poller = select.poll()
+    poller.register(peer, select.POLLOUT)
+    while views:
+        try:
+            sent = peer.sendmsg(views[:MAX_PARTS])
+        except BlockingIOError:
+            if not poller.poll(SEND_STALL_S * 1000):
+                raise TimeoutError(f"nothing was taken for {SEND_STALL_S:g} s") from None
+            continue
+        while views and sent >= len(views[0]):
+            sent -= len(views.pop(0))
+        if sent:
+            views[0] = views[0][sent:]
