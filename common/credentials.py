@@ -133,7 +133,7 @@ class LiveCredentials:
                 if (found := await asyncio.to_thread(self.look)) is not None:
                     self.now = found
                     changed(found)
-                self._warn()
+                self.warn()
             except Exception:
                 log.exception("looking at the certificates failed: this is a bug")
             await asyncio.sleep(LOOK_EVERY_S)
@@ -156,7 +156,7 @@ class LiveCredentials:
         log.info("the certificate of this %s is another one now, valid until %s", self._role, minute(found.expires))
         return found
 
-    def _warn(self) -> None:
+    def warn(self) -> None:
         """Say in time that the certificate expires, while nobody has seen to it."""
         left, moment = self.now.expires - self._time(), self._clock.now()
         if left > WARN:
