@@ -20,6 +20,8 @@ MAY_CALL: Mapping[str, frozenset[str]] = MappingProxyType(
         "Fill": frozenset({"router"}),
         "Continue": frozenset({"router"}),
         "Subscribe": frozenset({"router"}),
+        "Forget": frozenset({"router"}),
+        "Forget": frozenset({"router"}),
     }
 )
 HANDLERS = MappingProxyType(
