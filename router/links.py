@@ -89,6 +89,13 @@ class Link:
     def Continue(self) -> grpc.aio.StreamUnaryCall:
         return self._counted(self._stub.Continue())
 
+    async def forget(self, tenant: str, timeout_s: float) -> None:
+        """Have the worker drop a tenant's blocks. Raises AioRpcError."""
+        await self._stub.Forget(pb.ForgetRequest(tenant=tenant), timeout=timeout_s)
+
+    def Forget(self, request: pb.ForgetRequest) -> grpc.aio.UnaryUnaryCall:
+        return self._counted(self._stub.Forget(request))
+
     def _counted(self, call: Any) -> Any:
         self._use(1)
         call.add_done_callback(lambda _: self._use(-1))
