@@ -11,7 +11,7 @@ from pathlib import Path
 from kvferry.cli.layers import Settings, Value
 from kvferry.cli.models import Found
 from kvferry.cli.settings import SECTIONS, SETTINGS
-from kvferry.common.config import EngineConfig, RouterConfig
+from kvferry.common.config import EngineConfig, RouterConfig, StoreConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.process import available_memory, claim_socket_path
 from kvferry.common.values import size_text
@@ -58,6 +58,14 @@ def check_router(config: RouterConfig) -> None:
     check_certs(config.certs, "router")
     open_port(config.host, config.port, "--port")
     open_port(config.admin_host, config.admin_port, "--admin-port")
+
+
+def check_store(config: StoreConfig) -> None:
+    """Raise ConfigError for what is wrong about the files and addresses by which a store meets others."""
+    if config.listen is not None:
+        from kvferry.kvstore.network import check_network
+
+        check_network(config)
 
 
 def check_certs(folder: Path | None, role: str) -> None:

@@ -23,7 +23,7 @@ commands.command("serve", epilog="Example: kvferry serve demo --port 8000 --stor
 )
 commands.command("demo", epilog="Example: kvferry demo --model Qwen/Qwen2.5-0.5B-Instruct")(demo.demo)
 commands.command("store", epilog="Example: kvferry store --socket /run/kvferry/store --size 4GiB")(
-    with_flags("store", roles.FLAGS["store"], roles.store)
+    with_flags("store", roles.FLAGS["store"], roles.store, roles.STORE_EXTRA)
 )
 commands.command(
     "prefill",

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated
+
+import typer
 
 from kvferry.cli import checks
 from kvferry.cli.flags import Flags
@@ -27,10 +30,27 @@ FLAGS = MappingProxyType(
 )
 
 
-def store(settings: Settings, parent: Parent) -> None:
+STORE_EXTRA = MappingProxyType(
+    {
+        "print_redis_acl": Annotated[
+            bool,
+            typer.Option("--print-redis-acl", help="Print what Redis must allow the store's user, and end."),
+        ]
+    }
+)
+
+
+def store(settings: Settings, parent: Parent, print_redis_acl: bool = False) -> None:
     """Run this host's store node: the memory that keeps KV blocks."""
+    if print_redis_acl:
+        from kvferry.kvstore.redis_target import read_password, redis_acl
+
+        user, password = (settings.values[f"store.redis_{what}"].value for what in ("user", "password_file"))
+        print(redis_acl(user or "kvferry", read_password(password) if password else ""))
+        return
     config = settings.of("store")
     claim_socket_path(config.socket, "the store")
+    checks.check_store(config)
 
     async def start(notifier: Notifier, stop: asyncio.Event) -> None:
         from kvferry.kvstore import node

@@ -31,7 +31,7 @@ FLAGS = Flags(
     argument="engine.model",
     without=("store.socket", "router.model", "router.revision", "router.prefill", "router.decode", "router.store",
              "router.certs", "router.drain_seconds"),
-    renamed={"store.size": "--store-size"},
+    renamed={f"store.{name}": f"--store-{name}" for name in ("size", "listen", "advertise", "connections")},
 )  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def look(plan: Plan, progress: Progress, fetch_weights: bool = True) -> Found:
     checks.check_text_side(found.folder, plan.router.generation_config)
     checks.check_memory(found, plan.engines, plan.store.size_bytes)
     refuse_if_too_large(plan.store)
+    checks.check_store(plan.store)
     return found
 
 

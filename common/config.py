@@ -47,6 +47,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_unspecified(host: str) -> bool:
+    """Whether it stands for all of a machine's addresses."""
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def is_local(address: str) -> bool:
+    """Whether a worker's address can only be reached from this machine."""
+    return address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))
+
+
 def split_address(address: str, what: str) -> tuple[str, int]:
     """Host and port of `host:port`; an IPv6 address stands in brackets. Raises ConfigError."""
     host, _, port = address.rpartition(":")
@@ -156,7 +169,7 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.listen is not None:
             host, _ = split_address(self.listen, "--listen")
-            _require(self.advertise is not None or host not in ("0.0.0.0", "::"),
+            _require(self.advertise is not None or not is_unspecified(host),
                      f"--listen {self.listen} is on all interfaces; give --advertise HOST:PORT as well")  # fmt: skip
             _require(self.peer_secret_file is not None,
                      "--listen needs --peer-secret-file, so that only this cluster's stores are served; "
@@ -266,6 +279,9 @@ class RouterConfig:
         64,
         name="max_local_prefill_length",
     )
+    seal: str = setting(
+        "Blocks are encrypted: auto (where there are tenants, or workers beyond loopback), on or off.", "auto"
+    )
     generation_config: str = setting(
         "Whose sampling parameters count where a client sends none: auto, the model's own generation_config.json, or "
         "vllm, those that change nothing.",
@@ -278,7 +294,16 @@ class RouterConfig:
     max_bodies_bytes: int = setting("Bodies of the requests under way, at most, together.", 2**28)
     drain_s: float = setting("On SIGTERM, how long requests under way may take to finish.", 4.0)
 
+    @property
+    def sealed(self) -> bool:
+        """Whether this router wants blocks sealed. A store that other hosts reach wants it in any case."""
+        beyond = any(not is_local(address) for address in (*self.prefill, *self.decode))
+        return self.seal == "on" or (self.seal == "auto" and (beyond or self.tenants_file is not None))
+
     def __post_init__(self) -> None:
+        _require(self.seal in ("auto", "on", "off"), f"seal {self.seal!r} is not known; use auto, on or off")
+        _require(self.seal != "off" or self.tenants_file is None,
+                 "blocks of several tenants are sealed; --seal off is for a router without a tenants file")  # fmt: skip
         for address in (*self.prefill, *self.decode):
             check_worker_address(address, self.certs)
         _require(bool(self.decode), "a router needs at least one decode address")

@@ -107,7 +107,12 @@ class StoreStats(msgspec.Struct, frozen=True):
 
 
 class BlockStore(Protocol):
-    """Six verbs. No method raises for a store that is slow, full, restarted or gone; it answers "nothing there"."""
+    """Six verbs. No method raises for a store that is slow, full, restarted or gone; it answers "nothing there".
+
+    `address`: by which other hosts' nodes reach this host's; empty if they cannot.
+    """
+
+    address: str
 
     async def lookup(
         self, span: Span, *, tenant: str = "", wait_s: float = 0.0, lease: bool = True, holder: str = ""

@@ -172,7 +172,7 @@ class Continuation:
             self._learn_first_tokens(seq)
             # Once the fill is over, whatever else is there too: somebody may have published it meanwhile.
             upto = len(seq.names) if self._fill.done else self._fill.committed_blocks
-            await self._transfer.pull(seq, upto)
+            await self._transfer.pull(seq, upto, self._fill.holder)
             if self._fill.done and not self._fill_moved.is_set():
                 break
             await self._fill_moved.wait()

@@ -21,7 +21,6 @@ MAY_CALL: Mapping[str, frozenset[str]] = MappingProxyType(
         "Continue": frozenset({"router"}),
         "Subscribe": frozenset({"router"}),
         "Forget": frozenset({"router"}),
-        "Forget": frozenset({"router"}),
     }
 )
 HANDLERS = MappingProxyType(

@@ -22,6 +22,7 @@ class PagePool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.on_room: Callable[[], None] = lambda: None  # called whenever a block has become free
         self._name_of: dict[int, BlockName] = {}
+        self._owner_of: dict[int, str] = {}  # of those that have a name
         self._by_name: dict[BlockName, int] = {}
 
     @property
@@ -37,7 +38,7 @@ class PagePool:
         for block in blocks:
             self._holders[block] = 1
             if (name := self._name_of.pop(block, None)) is not None:
-                del self._by_name[name]
+                del self._by_name[name], self._owner_of[block]
         return blocks
 
     def match(self, names: Sequence[BlockName]) -> list[int]:
@@ -79,13 +80,24 @@ class PagePool:
         if len(self._free) > before:
             self.on_room()
 
-    def name(self, block: int, name: BlockName) -> None:
-        """Say that a held block now contains all of `name`'s KV. The first block of a name keeps it."""
+    def name(self, block: int, name: BlockName, owner: str = "") -> None:
+        """Say that a held block now contains all of `name`'s KV, which is `owner`'s. The first block of a name keeps
+        it."""
         if self._holders[block] < 1:
             raise ValueError(f"block {block} is named while nobody holds it")
         if block not in self._name_of and name not in self._by_name:
             self._name_of[block] = name
             self._by_name[name] = block
+            self._owner_of[block] = owner
+
+    def forget(self, owner: str) -> int:
+        """Take an owner's blocks their names: nobody finds them any more, and free ones are used first. How many."""
+        blocks = [block for block, its in self._owner_of.items() if its == owner]
+        for block in blocks:
+            del self._owner_of[block], self._by_name[self._name_of.pop(block)]
+            if block in self._free:
+                self._free.move_to_end(block, last=False)
+        return len(blocks)
 
     def check_integrity(self, tables: Iterable[Sequence[int]] = ()) -> None:
         """Raises AssertionError when holders, the free list and the names disagree, or a block has fewer holders than
@@ -98,3 +110,5 @@ class PagePool:
             raise AssertionError(f"free list {sorted(self._free)} is not the set of unheld blocks {sorted(free)}")
         if {name: block for block, name in self._name_of.items()} != self._by_name:
             raise AssertionError("names and blocks do not map onto each other")
+        if self._owner_of.keys() != self._name_of.keys():
+            raise AssertionError("a block has a name and no owner, or the other way round")

@@ -76,7 +76,7 @@ class Transfer:
             return 0
         self._memory.land(blocks[:good], landing[:good])
         for index in range(first, first + good):
-            self._pool.name(seq.block_table[index], seq.names[index])
+            self._pool.name(seq.block_table[index], seq.names[index], seq.tenant)
             seq.fill(index)
         return good
 

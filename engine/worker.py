@@ -40,6 +40,9 @@ class CountingStore(BlockStore, Protocol):
 
     async def close(self) -> None: ...
 
+    async def erase(self, tenant: str) -> None: ...
+
+    only_sealed: bool
     pulled_bytes: int
     published_bytes: int
     bad_blocks: int
@@ -82,6 +85,11 @@ class WatchedService:
         async for status in self._worker.watch():
             yield status
 
+    @answers_errors
+    async def Forget(self, request: pb.ForgetRequest, context: grpc.aio.ServicerContext) -> pb.Forgotten:
+        await self._worker.forget(request.tenant)
+        return pb.Forgotten()
+
     def close(self) -> None:
         """Have the streams end that go on for as long as the node does."""
         self._worker.end_watches()
@@ -116,7 +124,7 @@ class Worker:
         params = sampling_from_wire(opening.sampling)
         return self.engine.new_sequence(
             opening.request_id,
-            scope_from_wire(opening, layout),
+            scope_from_wire(opening, layout, self.store.only_sealed),
             list(opening.token_ids),
             opening.prompt_len,
             params,
@@ -124,6 +132,12 @@ class Worker:
             priority=opening.priority,
             weight=opening.weight or 1.0,
         )
+
+    async def forget(self, tenant: str) -> None:
+        """Drop a tenant's blocks (by its pseudonym), in the page pool and in this host's store."""
+        dropped = self.engine.pool.forget(tenant)
+        log.info("tenant %s was erased: %d blocks of the page pool are dropped", tenant, dropped)
+        await self.store.erase(tenant)
 
     @contextmanager
     def stream(self) -> Iterator[None]:

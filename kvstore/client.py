@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,10 @@ from kvferry.common.store_api import Claim, Located, Match, MissReason, Payload,
 from kvferry.kvstore import protocol as say
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.copying import blocks_per_chunk, copy_in, copy_out
-from kvferry.kvstore.link import Link, Unreachable
+from kvferry.kvstore.link import REPLY_S, Link, Unreachable, beat, post_abort, post_release
 
 log = logging.getLogger(__name__)
 
-REPLY_S = 5.0  # a node that takes longer is treated as gone
 RECONNECT_FIRST_S = 0.05
 RECONNECT_MOST_S = 1.0
 TOUCH_BYTES = 64 * 2**20
@@ -366,19 +365,6 @@ def are_slots(arena: ArenaMap, blocks: Sequence[Located]) -> bool:
     return all(0 <= block.slot < arena.slots for block in blocks)
 
 
-async def beat(link: Link) -> None:
-    """Keep the connection's leases alive until it is lost."""
-    while not link.lost.is_set():
-        try:
-            async with asyncio.timeout(link.welcome.lease_s / 3):
-                await link.lost.wait()
-        except TimeoutError:
-            try:
-                await link.request(say.Renew(link.next_id()), say.Done, REPLY_S)
-            except Unreachable:
-                return
-
-
 async def end(task: asyncio.Task) -> None:
     """Cancel a task of ours and wait for it; an error of its own is a bug, and is logged."""
     task.cancel()
@@ -396,13 +382,3 @@ async def settled(future: asyncio.Future) -> None:
             continue
     if not future.cancelled() and (error := future.exception()) is not None:
         log.error("a cancelled copy failed: %r", error)
-
-
-def post_release(link: Link, lease: int) -> None:
-    if lease:
-        link.post(say.Release(link.next_id(), lease))
-
-
-def post_abort(link: Link, slots: Iterable[int | None]) -> None:
-    if slots := tuple([slot for slot in slots if slot is not None]):
-        link.post(say.Abort(link.next_id(), slots))

@@ -9,58 +9,15 @@ a reservation) and holds the names reserved under it.
 
 from collections.abc import Sequence
 
-import msgspec
-
 from kvferry.common.clock import Clock
 from kvferry.common.hashing import BlockName, Span
 from kvferry.common.store_api import Claim, Located, Match, MissReason, Reservation, StoreStats
 from kvferry.kvstore.catalog import Catalog, Committed
 from kvferry.kvstore.directory import Key
 from kvferry.kvstore.eviction import EvictionPolicy
+from kvferry.kvstore.holdings import COUNTERS, Connection, Lease, Pending
 from kvferry.kvstore.protocol import MAX_NAMES, CommitOutcome, ProtocolError, Written
 from kvferry.kvstore.slots import SlotTable, Writing
-
-COUNTERS = (
-    "published",
-    "already_there",
-    "publish_dropped",
-    "late_commits",
-    "bad_blocks",
-    "evicted",
-    "erased",
-    "lookups",
-    "blocks_looked_up",
-    "blocks_found",
-)
-
-
-class _Connection(msgspec.Struct, eq=False):
-    """`bringing`: what it reserves is not being computed, but on its way here from another host."""
-
-    expires: float
-    bringing: bool = False
-    leases: dict[int, "_Lease"] = {}
-    reserved: int = 0  # names reserved, with or without a slot
-    writing: int = 0  # slots in writing, also those whose reservation is gone
-
-
-class _Lease(msgspec.Struct, eq=False):
-    """`pinned` may hold blocks that were quarantined since; unpinning those is harmless."""
-
-    connection: _Connection
-    pinned: list[Committed] = []
-    pending: dict[BlockName, "_Pending"] = {}
-
-
-class _Pending(msgspec.Struct, eq=False):
-    """A name that somebody is computing. Reserved while `writing` is None."""
-
-    name: BlockName
-    parent: BlockName
-    anchor: BlockName
-    tenant: str
-    lease: _Lease
-    writing: Writing | None = None
 
 
 class Index:
@@ -83,8 +40,8 @@ class Index:
         self._boot_id = boot_id
         self._table = SlotTable()
         self._catalog = Catalog(self._table, policy)
-        self._pending: dict[BlockName, _Pending] = {}
-        self._connections: dict[int, _Connection] = {}
+        self._pending: dict[BlockName, Pending] = {}
+        self._connections: dict[int, Connection] = {}
         self._settled: list[BlockName] = []
         self._fresh: list[Key] = []
         self._serial = 0
@@ -100,7 +57,7 @@ class Index:
     def connect(self, *, bringing: bool = False) -> int:
         self.tick()
         self._serial += 1
-        self._connections[self._serial] = _Connection(self._clock.now() + self._lease_s, bringing)
+        self._connections[self._serial] = Connection(self._clock.now() + self._lease_s, bringing)
         return self._serial
 
     def renew(self, connection: int) -> None:
@@ -211,7 +168,7 @@ class Index:
             elif owner.reserved >= MAX_NAMES:
                 claims.append(Claim.REFUSED)
             else:
-                self._pending[name] = lease.pending[name] = _Pending(name, parent, anchor, tenant, lease)
+                self._pending[name] = lease.pending[name] = Pending(name, parent, anchor, tenant, lease)
                 owner.reserved += 1
                 claims.append(Claim.GRANTED)
             parent = name
@@ -336,7 +293,7 @@ class Index:
     def check_integrity(self) -> None:
         """Raise RuntimeError at the first thing that does not hold."""
         pins: dict[int, int] = {}
-        pending: list[_Pending] = []
+        pending: list[Pending] = []
         for number, connection in self._connections.items():
             owned = [p for lease in connection.leases.values() for p in lease.pending.values()]
             writing = sum(writing.owner == number for writing in self._table.writing.values())
@@ -359,24 +316,24 @@ class Index:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _new_lease(self, connection: int) -> tuple[int, _Lease]:
+    def _new_lease(self, connection: int) -> tuple[int, Lease]:
         self.changes += 1
         self._serial += 1
         owner = self._connections[connection]
-        lease = owner.leases[self._serial] = _Lease(owner)
+        lease = owner.leases[self._serial] = Lease(owner)
         return self._serial, lease
 
-    def _pin(self, lease: _Lease, block: Committed) -> None:
+    def _pin(self, lease: Lease, block: Committed) -> None:
         self._catalog.pin(block, self._clock.now())
         lease.pinned.append(block)
 
-    def _lapse(self, connection: _Connection) -> None:
+    def _lapse(self, connection: Connection) -> None:
         leases, connection.leases = connection.leases, {}
         for lease in leases.values():
             self._drop(lease)
         self.changes += 1
 
-    def _drop(self, lease: _Lease) -> None:
+    def _drop(self, lease: Lease) -> None:
         """Give back what a lease holds that its connection no longer lists."""
         self.changes += 1
         for block in lease.pinned:
@@ -384,13 +341,13 @@ class Index:
         for pending in list(lease.pending.values()):
             self._withdraw(pending)
 
-    def _withdraw(self, pending: _Pending) -> None:
+    def _withdraw(self, pending: Pending) -> None:
         """Nobody computes this name any more. A slot granted for it stays in writing."""
         del self._pending[pending.name], pending.lease.pending[pending.name]
         pending.lease.connection.reserved -= 1
         self._settled.append(pending.name)
 
-    def _make_room(self, owner: _Connection, tenant: str) -> bool:
+    def _make_room(self, owner: Connection, tenant: str) -> bool:
         """Whether `owner` may write one more slot and one is free, by eviction if need be."""
         if owner.writing >= self._writing_per_connection:
             return False

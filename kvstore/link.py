@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,7 @@ from kvferry.kvstore.protocol import ProtocolError
 log = logging.getLogger(__name__)
 
 HELLO_S = 5.0
+REPLY_S = 5.0  # a node that takes longer is treated as gone
 
 R = TypeVar("R", bound=say.Reply)
 
@@ -181,6 +182,29 @@ class Link:
             self.drop(repr(error))
         finally:
             self.drop("the reader ended")
+
+
+async def beat(link: Link) -> None:
+    """Keep the connection's leases alive until it is lost."""
+    while not link.lost.is_set():
+        try:
+            async with asyncio.timeout(link.welcome.lease_s / 3):
+                await link.lost.wait()
+        except TimeoutError:
+            try:
+                await link.request(say.Renew(link.next_id()), say.Done, REPLY_S)
+            except Unreachable:
+                return
+
+
+def post_release(link: Link, lease: int) -> None:
+    if lease:
+        link.post(say.Release(link.next_id(), lease))
+
+
+def post_abort(link: Link, slots: Iterable[int | None]) -> None:
+    if slots := tuple([slot for slot in slots if slot is not None]):
+        link.post(say.Abort(link.next_id(), slots))
 
 
 async def greet(peer: socket.socket, hello: say.Hello) -> tuple[say.Welcome, int | None]:

@@ -107,6 +107,16 @@ def listen_for_peers(address: str) -> socket.socket:
     return listener
 
 
+def check_network(config: StoreConfig) -> None:
+    """Raise ConfigError for what is wrong about the files and addresses by which a node meets others."""
+    if config.peer_secret_file is not None:
+        read_secret(config.peer_secret_file)
+    if config.redis is not None:
+        redis_target(config)
+    if config.listen is not None:
+        listen_for_peers(config.listen).close()
+
+
 async def accept(listener: socket.socket) -> socket.socket:
     """The next connection. Waits out a shortage of descriptors or memory."""
     while True:

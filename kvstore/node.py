@@ -20,7 +20,7 @@ from kvferry.kvstore.arena import ArenaMap, create_arena
 from kvferry.kvstore.conversation import Conversation, Waiters
 from kvferry.kvstore.eviction import FairLru
 from kvferry.kvstore.index import Index
-from kvferry.kvstore.network import Network, accept, listen_for_peers, read_secret, redis_target
+from kvferry.kvstore.network import Network, accept, check_network, listen_for_peers
 from kvferry.kvstore.peering import exactly
 from kvferry.kvstore.protocol import ProtocolError
 
@@ -63,16 +63,6 @@ def refuse_if_too_large(config: StoreConfig) -> None:
             f"a store of {config.size_bytes / 2**30:.1f} GiB does not fit into the {available / 2**30:.1f} GiB of "
             "memory that this host has available; give a smaller --size (--store-size of `kvferry serve`)"
         )
-
-
-def check_network(config: StoreConfig) -> None:
-    """Raise ConfigError for what is wrong about the files and addresses by which a node meets others."""
-    if config.peer_secret_file is not None:
-        read_secret(config.peer_secret_file)
-    if config.redis is not None:
-        redis_target(config)
-    if config.listen is not None:
-        listen_for_peers(config.listen).close()
 
 
 def listen(config: StoreConfig) -> socket.socket:

@@ -97,6 +97,7 @@ class Fill:
         self._tell(committed_blocks=self._holding.committed)
 
     def _tell(self, **news: object) -> None:
+        self._report.holder = self._transfer.store.address
         for name, value in news.items():
             setattr(self._report, name, value)
         self._changed.set()

@@ -11,7 +11,7 @@ with them everything behind the request.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -33,6 +33,7 @@ from kvferry.router.placement import place
 ATTEMPTS = 3  # the first, and two more
 RETRIED = (Unavailable, Internal)
 STOPPING = "this server is shutting down; try again later"
+ERASED_END_S = 5.0  # for the requests of erased tenants
 ERASED = "the tenant of this API key was erased"
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class Flow:
         self._metrics, self._clock = metrics, clock
         self._finishing: set[asyncio.Task[None]] = set()
         self._active: dict[Handover, str] = {}  # and whose they are: the tenant's pseudonym
+        self._one_ended = asyncio.Event()
         self._tenants: frozenset[str] | None = None  # that there are; None is all
         self._stopping = False
 
@@ -118,11 +120,26 @@ class Flow:
             handover.abort(Unavailable(STOPPING))
 
     def take_tenants(self, pseudonyms: frozenset[str]) -> None:
-        """These are the tenants there are from now on: end the requests of all others with an error."""
+        """These are the tenants there are from now on: end the requests of all others with an error. Of those that were
+        there before, the workers drop all blocks."""
+        erased = (self._tenants or frozenset()) - pseudonyms
         self._tenants = pseudonyms
         for handover, tenant in self._active.items():
             if tenant not in pseudonyms:
                 handover.abort(Unauthenticated(ERASED))
+        if erased:
+            task = asyncio.create_task(self._have_forgotten(erased))
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+
+    async def _have_forgotten(self, erased: frozenset[str]) -> None:
+        """Have all workers drop the blocks of erased tenants, once their requests have ended there."""
+        with suppress(TimeoutError):  # what has not ended by then is dropped under it
+            async with asyncio.timeout(ERASED_END_S):
+                while not erased.isdisjoint(self._active.values()):
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
+        await asyncio.gather(*(self._nodes.forget(node, tenant) for node in self._nodes.all for tenant in erased))
 
     def _check_wanted(self, job: Job) -> None:
         """Raise what ends a job that is not to go on."""
@@ -176,7 +193,9 @@ class Flow:
         if not scores:
             reusable = Span.of(names, scope.root(), end=(len(tokens) - 1) // model.layout.block_size)
             cached = len(await self._store.lookup(reusable, lease=False)) * model.layout.block_size
-        sequence = sequence_to_wire(job.request_id, scope, tokens, len(job.token_ids), params, job.priority, job.weight)
+        sequence = sequence_to_wire(
+            job.request_id, scope, tokens, len(job.token_ids), params, job.priority, job.weight, self._config.sealed
+        )
 
         handover = await self._admitted(job, sequence, cached, names, record, give_up, fills=not scores)
         if job.params.n > 1:
@@ -191,6 +210,7 @@ class Flow:
                 yield piece
         finally:
             del self._active[handover]
+            self._one_ended.set()
             progress.tell_end = None
             if handover.ended:
                 self._finish_later(handover)

@@ -217,7 +217,7 @@ class Handover:
             for choice, first in enumerate(report.first_tokens, start=self._choice):
                 told = (logprobs_from_wire(first.logprobs),) if first.HasField("logprobs") else ()
                 self._out.put_nowait(Piece((first.token_id,), first.finish_reason or None, choice, told))
-        progress.committed_blocks = report.committed_blocks
+        progress.committed_blocks, progress.holder = report.committed_blocks, report.holder
         progress.done = report.done
         going_on = [first for first in progress.first_tokens if not first.finish_reason]
         if going_on or not progress.first_tokens:

@@ -91,10 +91,7 @@ class Link:
 
     async def forget(self, tenant: str, timeout_s: float) -> None:
         """Have the worker drop a tenant's blocks. Raises AioRpcError."""
-        await self._stub.Forget(pb.ForgetRequest(tenant=tenant), timeout=timeout_s)
-
-    def Forget(self, request: pb.ForgetRequest) -> grpc.aio.UnaryUnaryCall:
-        return self._counted(self._stub.Forget(request))
+        await self._counted(self._stub.Forget(pb.ForgetRequest(tenant=tenant), timeout=timeout_s))
 
     def _counted(self, call: Any) -> Any:
         self._use(1)

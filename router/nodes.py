@@ -20,6 +20,7 @@ from kvferry.router.subscription import Subscription
 
 RECONNECT_S = 0.1
 REFUSED_S = 2.0  # until a worker that we cannot speak to is looked at again
+FORGET_S = 10.0
 SILENT_S = 5.0  # a node sends its status every second; one that is silent for so long is taken for dead
 
 log = logging.getLogger(__name__)
@@ -265,6 +266,14 @@ class Nodes:
         """Wait until `version` is another one."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.version != version)
+
+    async def forget(self, node: Node, tenant: str) -> None:
+        """Have a worker drop a tenant's blocks. One that is not there has none in its memory; its host's store keeps
+        them, unnamed by anybody, until they are evicted."""
+        try:
+            await node.link.forget(tenant, FORGET_S)
+        except grpc.aio.AioRpcError as error:
+            log.warning("%s was not told to drop an erased tenant's blocks: %s", node.address, error.details())
 
     def mark_gone(self, node: Node) -> None:
         """A call to the node broke: place nothing there until it speaks again."""

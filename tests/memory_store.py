@@ -16,6 +16,8 @@ class MemoryStore:
     and their release says False; `publishing`, `pulling` and `releasing`, while cleared, hold up those calls.
     """
 
+    address = ""
+
     def __init__(self) -> None:
         self.blocks: dict[BlockName, bytes] = {}
         self.parents: dict[BlockName, BlockName] = {}

@@ -241,7 +241,7 @@ class Scheduler:
         """The blocks that were filled since `before` tokens were computed can be found from now on."""
         seq.extend_names()
         for index in range(before // seq.block_size, seq.blocks_computed):
-            self._pool.name(seq.block_table[index], seq.names[index])
+            self._pool.name(seq.block_table[index], seq.names[index], seq.tenant)
 
     def _take_chunk(
         self,
