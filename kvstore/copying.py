@@ -1,7 +1,7 @@
 """The copies themselves: between a worker's memory and the arena, checksummed while the bytes are in cache, or sealed
 and opened on the way.
 
-These functions run in a thread. numpy gives up the interpreter lock while it copies, so the event loop goes on.
+These functions run in a thread. They give up the interpreter lock for every segment, so the event loop goes on.
 """
 
 import time
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvferry.common.block import PROOF_BYTES, segment_checksums
+from kvferry.common.block import MAX_SEGMENTS, PROOF_BYTES, segment_checksums
 from kvferry.common.hashing import BlockName
 from kvferry.common.store_api import Located, Payload
 from kvferry.kvstore.arena import ArenaMap
@@ -18,6 +18,7 @@ from kvferry.kvstore.seal import Seal
 
 CHUNK_BYTES = 32 * 2**20  # copied in one go; a cancelled pull ends within this
 MAX_CHUNK_BLOCKS = 256
+PIECE_BYTES = 256 * 2**10  # copied at a time: its checksums find it in the core's own cache
 
 
 def blocks_per_chunk(block_bytes: int) -> int:
@@ -39,12 +40,11 @@ def copy_in(
     sealing = Seal(seal) if seal else None
     written = []
     for slot, block in zip(slots, payloads, strict=True):
-        target = arena.array(slot)
-        if sealing is not None:
-            salt, proofs = sealing.seal(block.name, block.parent, block.data, target.data, segments)
+        source, target = np.frombuffer(block.data, dtype=np.uint8), arena.array(slot)
+        if sealing is None:
+            salt, proofs = b"", copy_and_sum(source, target, segments)
         else:
-            np.copyto(target, np.frombuffer(block.data, dtype=np.uint8))
-            salt, proofs = b"", segment_checksums(target.data, segments)
+            salt, proofs = sealing.seal(block.name, block.parent, source.data, target.data, segments)
         written.append(Located(slot, salt, proofs))
     return written
 
@@ -65,13 +65,32 @@ def copy_out(
     sealing = Seal(seal) if seal else None
     for good, (block, destination) in enumerate(zip(blocks, into, strict=True)):
         source, target = arena.array(block.slot), np.frombuffer(destination, dtype=np.uint8)
-        if sealing is None:
-            np.copyto(target, source)
-            right = not block.salt and segment_checksums(target.data, len(block.proofs) // PROOF_BYTES) == block.proofs
+        salt, proofs = block.salt, block.proofs
+        if bool(salt) != bool(seal) or not prove_every_byte(proofs, len(source)):
+            right = False
+        elif sealing is None:
+            right = copy_and_sum(source, target, len(proofs) // PROOF_BYTES) == proofs
         else:
-            right = bool(block.salt) and sealing.open(
-                chain[good + 1], chain[good], block.salt, block.proofs, source.data, target.data
-            )
+            right = sealing.open(chain[good + 1], chain[good], salt, proofs, source.data, target.data)
         if not right:
             return Pulled(good, time.perf_counter() - start)
     return Pulled(len(blocks), time.perf_counter() - start)
+
+
+def prove_every_byte(proofs: bytes, size: int) -> bool:
+    """Whether this many proofs are one for each of the equal parts of a block of `size` bytes."""
+    segments, rest = divmod(len(proofs), PROOF_BYTES)
+    return not rest and 1 <= segments <= MAX_SEGMENTS and size % segments == 0
+
+
+def copy_and_sum(source: np.ndarray, target: np.ndarray, segments: int) -> bytes:
+    """Copy a block's bytes. The checksums of its segments, of what is at the target now."""
+    segment = len(source) // segments
+    step = max(1, PIECE_BYTES // segment)  # segments
+    checksums = []
+    for first in range(0, segments, step):
+        part = slice(first * segment, min(first + step, segments) * segment)
+        piece = target[part]
+        np.copyto(piece, source[part])
+        checksums.append(segment_checksums(piece.data, len(piece) // segment))
+    return b"".join(checksums)
