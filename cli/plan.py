@@ -13,7 +13,7 @@ from kvferry.cli.roles import FLAGS
 from kvferry.cli.supervisor import ChildSpec
 from kvferry.common.config import EngineConfig, LogConfig, RouterConfig, ServeConfig, StoreConfig, WorkerConfig
 from kvferry.common.errors import ConfigError
-from kvferry.common.values import size_text, url_of
+from kvferry.common.values import counted, size_text, url_of
 from kvferry.router.limits import Limits
 
 MEANWHILE: Mapping[str, str] = MappingProxyType(
@@ -169,10 +169,10 @@ def shared_out(cores: int, workers: int) -> list[int]:
 def lines(plan: Plan, weights: int) -> list[str]:
     """The plan for people, before anything is loaded. `weights`: bytes of one worker's."""
     engine = plan.engines[0]
-    pages = f"{engine.num_blocks} blocks" if engine.num_blocks else size_text(engine.kv_cache_bytes)
+    pages = counted(engine.num_blocks, "block") if engine.num_blocks else size_text(engine.kv_cache_bytes)
     told = [
         f"model    {engine.served_model_name}: {weights / 2**30:.2f} GiB of weights in {engine.model}",
-        f"store    {size_text(plan.store.size_bytes)} of KV blocks of {engine.block_size} tokens",
+        f"store    {size_text(plan.store.size_bytes)} of KV blocks of {counted(engine.block_size, 'token')}",
     ]
     for role, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
         threads = ", ".join(str(one.engine.threads) for one in workers)

@@ -51,7 +51,8 @@ class Step:
 
     def told(self, name: str, now: float) -> str:
         part = f", {100 * self.note.done // self.note.total}%" if self.note.total > 1 else ""
-        return f"{name} {words_of(self.note.stage)}{part} ({now - self.since:.0f} s)".lstrip()
+        words = words_of(self.note.stage).partition(";")[0]
+        return f"{name} {words}{part} ({now - self.since:.0f} s)".lstrip()
 
 
 class Lines:

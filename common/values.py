@@ -29,6 +29,11 @@ def size_text(size: int) -> str:
     return str(size)
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of something, as a person writes it: `1 block`, `2 blocks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def parse_count(text: str) -> int:
     """A whole number, such as 32768, 32K (times 1024) or 32k (times 1000)."""
     if not (found := COUNT.fullmatch(text.strip())):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.router.placement import Placement
@@ -101,6 +101,7 @@ class Metrics:
     """The router's own counters, in a registry of their own."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a gauge beside each counter, which says when this process began
         self.registry = CollectorRegistry()
         self.requests = Counter("kvferry_requests", "Requests by how they ended", ["outcome"], registry=self.registry)
         self.prompt_tokens = Counter(

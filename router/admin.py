@@ -1,7 +1,8 @@
-"""The operator's listener: metrics for Prometheus, and the nodes as JSON. Apart from the clients' listener."""
+"""The operators' listener, apart from the clients': metrics for Prometheus, what is there as JSON, and the probes."""
 
 import asyncio
 import dataclasses
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -12,7 +13,12 @@ from prometheus_client.registry import Collector
 
 from kvferry.common.store_api import BlockStore, StoreStats
 from kvferry.router.accounting import Metrics
+from kvferry.router.guard import guard
+from kvferry.router.limits import Limits
 from kvferry.router.nodes import Node, Nodes
+from kvferry.router.probes import Probes
+from kvferry.router.refusals import INDEX
+from kvferry.router.sse import as_json
 
 NODE_GAUGES = (
     "waiting",
@@ -37,7 +43,18 @@ STORE_COUNTERS = (
 )
 
 
-def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics) -> web.Application:
+PAGES = {
+    "/metrics": "for Prometheus: requests, tokens, latencies, and the numbers of each worker and the store",
+    "/nodes": "each worker and the store now, and what is missing",
+    "/health": "200 as long as this router lives",
+    "/ready": "200 as soon as it can answer; `missing` has what it does without",
+}
+
+
+def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics, probes: Probes, limits: Limits) -> web.Application:
+    async def show_index(request: web.Request) -> web.Response:
+        return as_json({"kvferry": version("kvferry"), "pages": PAGES})
+
     async def show_metrics(request: web.Request) -> web.Response:
         scrape = CollectorRegistry()
         scrape.register(Scrape(nodes.all, await store.stats()))
@@ -47,15 +64,18 @@ def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics) -> web.Applicat
     async def show_nodes(request: web.Request) -> web.Response:
         stats = await store.stats()
         told = {
+            "missing": probes.missing(),
             "router": {"tasks": len(asyncio.all_tasks())},
             "nodes": [describe(node) for node in nodes.all],
             "store": stats and msgspec.structs.asdict(stats) | {"boot_id": stats.boot_id.hex()},
         }
         return web.json_response(told)
 
-    app = web.Application()
-    app.router.add_get("/metrics", show_metrics)
-    app.router.add_get("/nodes", show_nodes)
+    app = web.Application(middlewares=[guard(limits, None)])
+    app[INDEX] = "/"
+    handlers = (show_metrics, show_nodes, probes.health, probes.ready)
+    for path, handler in zip(("/", *PAGES), (show_index, *handlers), strict=True):
+        app.router.add_get(path, handler)
     return app
 
 

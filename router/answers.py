@@ -52,8 +52,11 @@ class ErrorFields(msgspec.Struct, frozen=True):
     code: str
 
 
-class ErrorAnswer(msgspec.Struct, frozen=True):
+class ErrorAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`missing`: of a router that is not ready, what it waits for."""
+
     error: ErrorFields
+    missing: list[str] = []
 
 
 class TextChoice(msgspec.Struct, frozen=True):
@@ -260,9 +263,9 @@ def models_list(models: Sequence[Model]) -> bytes:
     return msgspec.json.encode(ModelList(data=list(models)))
 
 
-def error_body(error: BaseException) -> bytes:
+def error_body(error: BaseException, missing: Sequence[str] = ()) -> bytes:
     """OpenAI's error shape. An exception that is not ours is a bug, and its text stays in the log."""
     outcome = outcome_of(error)
     message = str(error) if isinstance(error, KvferryError) else "internal error; the log has the cause"
     param = getattr(error, "param", None) if isinstance(error, KvferryError) else None
-    return msgspec.json.encode(ErrorAnswer(ErrorFields(message, outcome.kind, param, outcome.code)))
+    return msgspec.json.encode(ErrorAnswer(ErrorFields(message, outcome.kind, param, outcome.code), list(missing)))

@@ -30,8 +30,9 @@ from kvferry.router.models import Models
 from kvferry.router.nodes import Nodes, ServedModel
 from kvferry.router.openai import Kind, parse_request
 from kvferry.router.openapi import openapi
+from kvferry.router.probes import Probes
 from kvferry.router.quota import Grant, Quotas
-from kvferry.router.sse import send_json
+from kvferry.router.sse import as_json, send_json
 from kvferry.router.tenants import LiveTenants, Tenant, Tenants
 from kvferry.router.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize
 
@@ -54,12 +55,13 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
     if config.model is not None:
         await models.load(config.model, config.revision)
     flow = Flow(config, nodes, models, store, metrics, clock)
-    front = Front(config, limits, models, tenants, nodes, flow, metrics)
+    probes = Probes(models, lambda: store.connected)
+    front = Front(config, limits, models, tenants, flow, metrics, probes)
     runners = []
     await store.start()
     nodes.start()
     try:
-        admin = admin_app(nodes, store, metrics)
+        admin = admin_app(nodes, store, metrics, probes, limits)
         runners.append(await listen(admin, config.admin_host, config.admin_port, limits))
         runners.append(await listen(front.app(), config.host, config.port, limits))
         log.info(
@@ -101,12 +103,12 @@ class Front:
         limits: Limits,
         models: Models,
         tenants: LiveTenants,
-        nodes: Nodes,
         flow: Flow,
         metrics: Metrics,
+        probes: Probes,
     ):
-        self._config, self._limits, self._models, self._tenants = config, limits, models, tenants
-        self._nodes, self._flow, self._metrics = nodes, flow, metrics
+        self._limits, self._models, self._tenants = limits, models, tenants
+        self._flow, self._metrics, self._probes = flow, metrics, probes
         clock = MonotonicClock()
         self._quotas, self._gate = Quotas(clock), Gate(config.max_concurrent, config.max_bodies_bytes)
         self.generator = Generator(config, limits, models, flow, metrics, clock)
@@ -125,21 +127,13 @@ class Front:
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/detokenize", self._detokenize)
         app.router.add_get("/openapi.json", self._openapi)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/health", self._probes.health)
+        app.router.add_get("/ready", self._probes.ready)
+        for method in ("GET", "POST"):  # SageMaker's
+            app.router.add_route(method, "/ping", self._probes.ready)
         app.router.add_get("/version", self._version)
         app.on_response_prepare.append(tell_quota)
         return app
-
-    async def _health(self, request: web.Request) -> web.Response:
-        return as_json({"status": "ok"})
-
-    async def _ready(self, request: web.Request) -> web.Response:
-        """Ready is who has a decode worker, which can compute everything by itself; who else is missing is told."""
-        missing = "; ".join(filter(None, [self._models.missing(), *self._models.absent()]))
-        if not self._models.up():
-            raise Unavailable(missing)
-        return as_json({"status": "ready"} | ({"missing": missing} if missing else {}))
 
     async def _version(self, request: web.Request) -> web.Response:
         return as_json({"version": version("kvferry")})
@@ -184,7 +178,9 @@ class Front:
         return await self._flow.ready_model(self._models.name_of(name))
 
     def _authenticate(self, request: web.Request) -> Tenant:
-        return self._tenants.authenticate(request.headers.get("Authorization"))
+        tenant = self._tenants.authenticate(request.headers.get("Authorization"))
+        request["tenant"] = tenant.keys.pseudonym  # for the log
+        return tenant
 
     def _admit(self, request: web.Request) -> tuple[Tenant, Grant]:
         """Who asks, and the request counted, before anything is done for it. Who gets the grant closes it."""
@@ -210,7 +206,3 @@ async def tell_quota(request: web.Request, response: web.StreamResponse) -> None
     """What is left of the tenant's quota, in the headers of an answer, whether it is an error or not."""
     if (quota := request.get("quota")) is not None:
         response.headers.update(quota.headers())
-
-
-def as_json(value: object) -> web.Response:
-    return web.Response(body=encoded(value), content_type="application/json")

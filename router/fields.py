@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import Meta
 
 from kvferry.common.errors import InvalidRequest
+from kvferry.common.values import counted
 from kvferry.router.limits import Limits
 from kvferry.router.values import shown
 
@@ -81,7 +82,9 @@ def _check_depth(value: dict[str, Any] | list[Any], depth: int) -> None:
 
 
 def _too_deep(depth: int) -> InvalidRequest:
-    return InvalidRequest(f"the body is nested too deeply; this server takes {depth} levels of objects and lists")
+    return InvalidRequest(
+        f"the body is nested too deeply; this server takes {counted(depth, 'level')} of objects and lists"
+    )
 
 
 def to_struct(fields: dict[str, Any], body: type[Body]) -> Body:

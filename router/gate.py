@@ -3,6 +3,8 @@
 from typing import Self
 
 from kvferry.common.errors import Overloaded
+from kvferry.common.values import counted
+from kvferry.router.quota import beyond
 
 
 class Gate:
@@ -15,17 +17,16 @@ class Gate:
     def enter(self) -> "Place":
         """A request has come; it holds its place until that is closed. Raises Overloaded."""
         if self.requests >= self._requests:
-            raise Overloaded(f"{self.requests} requests are being served already; try again later")
+            told = f"this server serves {counted(self.requests, 'request')} already; try again later"
+            raise beyond("max_concurrent", Overloaded(told))
         self.requests += 1
         return Place(self)
 
     def _hold(self, size: int, held: int) -> None:
         others = self.body_bytes - held
         if others and self.body_bytes + size > self._body_bytes:
-            raise Overloaded(
-                f"the bodies of other requests take {others} of the {self._body_bytes} bytes that this server has for "
-                "them; try again later"
-            )
+            told = f"the bodies of other requests take {others} of the {self._body_bytes} bytes that this server has"
+            raise beyond("max_bodies_size", Overloaded(f"{told} for them; try again later"))
         self.body_bytes += size
 
     def _leave(self, held: int) -> None:

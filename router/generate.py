@@ -13,6 +13,7 @@ from aiohttp import web
 from kvferry.common.clock import Clock
 from kvferry.common.config import RouterConfig
 from kvferry.common.errors import KvferryError, outcome_of
+from kvferry.common.values import counted
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.answers import Answer, error_body, usage_of_all
 from kvferry.router.choices import Part, Telling, joined, tellings
@@ -58,7 +59,7 @@ class Generator:
             try:
                 await asyncio.wait_for(self._idle.wait(), self._config.drain_s)
             except TimeoutError:
-                log.warning("%d requests are ended by the shutdown", self._open)
+                log.warning("the shutdown ends %s", counted(self._open, "request"))
         self._flow.stop()
 
     async def answer(
@@ -95,8 +96,8 @@ class Generator:
             self._metrics.requests.labels(outcome).inc()
             if not refused:  # a refusal is told of elsewhere
                 log.info(
-                    "%s for tenant %s: %s, %d prompt tokens, %d generated, %.0f ms",
-                    asked.kind, tenant.keys.pseudonym, outcome, sum(record.prompt_tokens for record in records),
+                    "%s for tenant %s: %s, %s, %d generated, %.0f ms", asked.kind, tenant.keys.pseudonym, outcome,
+                    counted(sum(record.prompt_tokens for record in records), "prompt token"),
                     sum(record.output_tokens for record in records), 1e3 * (self._clock.now() - arrived),
                 )  # fmt: skip
             for record in records:

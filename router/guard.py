@@ -14,22 +14,22 @@ from kvferry.common.telemetry import REQUEST_ID
 from kvferry.router.accounting import Metrics
 from kvferry.router.gate import Place
 from kvferry.router.limits import Limits
+from kvferry.router.probes import PATHS
 from kvferry.router.refusals import error_response, told_of, too_large, too_slow
 
 GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 FIRST_LINE_REST = len("  HTTP/1.1\r\n")  # beside the method and the path
 LINE_REST = len(": \r\n")
 CONTINUE = "100-continue"
-PROBES = ("/health", "/ready")  # asked again and again; they are told of nowhere
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger(__name__)
 
 
-def guard(limits: Limits, metrics: Metrics) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
-    """The middleware: every error in OpenAI's shape, every answer with the request's id. A refusal is counted here,
-    unless the request is `counted` by its handler."""
+def guard(limits: Limits, metrics: Metrics | None) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    """The middleware: every error in OpenAI's shape, every answer with the request's id. A refusal is counted here, if
+    there are `metrics`, unless the request is `counted` by its handler."""
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -56,13 +56,16 @@ def guard(limits: Limits, metrics: Metrics) -> Callable[[web.Request, Handler], 
 
     def refuse(request: web.Request, error: KvferryError) -> web.Response:
         outcome = outcome_of(error)
-        if not request.get("counted"):
+        if metrics is not None and not request.get("counted"):
             metrics.requests.labels(outcome.code).inc()
-        if request.path not in PROBES:
+        if request.path not in PATHS:  # those are asked again and again
             where = request.match_info.route.resource  # what a client made up is not written down
             path = "an unknown path" if where is None else where.canonical
             about = getattr(error, "param", None) or "the request"
-            log.info("%s %s refused: %d %s, for %s", request.method, path, outcome.http, outcome.code, about)
+            whose = f"; tenant {request['tenant']}" if "tenant" in request else ""
+            which = f"; limit {error.limit}" if hasattr(error, "limit") else ""
+            told = (request.method, path, outcome.http, outcome.code, about, whose, which)
+            log.info("%s %s refused: %d %s, for %s%s%s", *told)
         return error_response(error, request["id"])
 
     return guarded

@@ -5,6 +5,7 @@ import secrets
 from kvferry.common.errors import InvalidRequest
 from kvferry.common.hashing import TenantKeys
 from kvferry.common.sampling import SamplingParams
+from kvferry.common.values import counted
 from kvferry.router.flow import Job
 from kvferry.router.limits import Limits
 from kvferry.router.nodes import ServedModel
@@ -47,8 +48,8 @@ def _check_told(asked: GenerationRequest, prompt_tokens: int, limits: Limits) ->
     if top is not None and prompt_tokens * (1 + top) * asked.n > limits.told:
         field = "logprobs" if asked.prompt_logprobs is None else "prompt_logprobs"
         raise InvalidRequest(
-            f"{field} asks for {1 + top} log probabilities of each of {prompt_tokens} prompt tokens, in {asked.n} "
-            f"answers; this server tells up to {limits.told} of prompts, so ask for fewer of them",
+            f"{field} asks for {1 + top} log probabilities of each of {counted(prompt_tokens, 'prompt token')}, in "
+            f"{counted(asked.n, 'answer')}; this server tells up to {limits.told} of prompts, so ask for fewer of them",
             field,
         )
 
@@ -58,9 +59,10 @@ def _check_generated(asked: GenerationRequest, max_tokens: int, limits: Limits) 
     if asked.logprobs is not None and max_tokens * (1 + asked.logprobs) * asked.n > limits.told:
         field = "logprobs" if asked.kind == "completion" else "top_logprobs"
         raise InvalidRequest(
-            f"{field} asks for {1 + asked.logprobs} log probabilities of each of up to {max_tokens} generated tokens, "
-            f"in {asked.n} answers; this server tells up to {limits.told} in an answer that is not streamed, so ask "
-            "for fewer of them, lower max_tokens, or send stream: true",
+            f"{field} asks for {1 + asked.logprobs} log probabilities of each of up to "
+            f"{counted(max_tokens, 'generated token')}, in {counted(asked.n, 'answer')}; this server tells up to "
+            f"{limits.told} in an answer that is not streamed, so ask for fewer of them, lower max_tokens, or send "
+            "stream: true",
             field,
         )
 
@@ -70,7 +72,8 @@ def _max_tokens(asked: GenerationRequest, prompt: int, model: ServedModel, pool:
     room = model.max_model_len - prompt
     if room < 1:
         raise InvalidRequest(
-            f"the prompt has {prompt} tokens; this model takes up to {model.max_model_len - 1}, with one to generate",
+            f"the prompt has {counted(prompt, 'token')}; this model takes up to {model.max_model_len - 1}, with one to "
+            "generate",
             "prompt" if asked.kind == "completion" else "messages",
         )
     if asked.max_tokens is None:

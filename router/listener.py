@@ -11,7 +11,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from kvferry.common.errors import ConfigError, HeadersTooLarge, Internal, InvalidRequest, KvferryError
 from kvferry.router.limits import Limits
-from kvferry.router.refusals import error_response
+from kvferry.router.refusals import SERVER, error_response
 
 LAST_WORDS_S = 0.5  # for answers that say that the server stops
 LINGER_S = 2.0  # what is left of a refused request's body is read and dropped for so long, so that the answer is seen
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 async def listen(app: web.Application, host: str, port: int, limits: Limits) -> web.AppRunner:
     """Serve `app`; a client that goes cancels its handler, and one that sends no whole head in time is dropped. Raises
     ConfigError when the address is taken."""
+    app.on_response_prepare.append(tell_who_serves)
     runner = Runner(
         app,
         handler_cancellation=True,
@@ -41,6 +42,11 @@ async def listen(app: web.Application, host: str, port: int, limits: Limits) -> 
         await runner.cleanup()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
     return runner
+
+
+async def tell_who_serves(request: web.Request, response: web.StreamResponse) -> None:
+    """Instead of the versions of Python and aiohttp, which are nobody's business."""
+    response.headers["Server"] = SERVER
 
 
 class Runner(web.AppRunner):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from kvferry.common.errors import InvalidRequest
+from kvferry.common.values import counted
 from kvferry.router import values
 from kvferry.router.bodies import (
     NEUTRAL_CHAT,
@@ -188,10 +189,10 @@ def _check(request: GenerationRequest, limits: Limits) -> None:
     """Raise InvalidRequest where fields that are valid, each by itself, are not so together."""
     n, prompts, max_tokens = request.n, len(request.prompts), request.max_tokens
     if n > limits.n:
-        raise InvalidRequest(f"n is {n}; this server gives at most {limits.n} answers to a prompt", "n")
+        raise InvalidRequest(f"n is {n}; this server gives at most {counted(limits.n, 'answer')} to a prompt", "n")
     if n * prompts > limits.choices:
-        raise InvalidRequest(f"n is {n} for each of {prompts} prompts; this server gives at most {limits.choices} "
-                             "answers a request", "n")  # fmt: skip
+        raise InvalidRequest(f"n is {n} for each of {counted(prompts, 'prompt')}; this server gives at most "
+                             f"{counted(limits.choices, 'answer')} a request", "n")  # fmt: skip
     if max_tokens == 0 and not request.echo:
         raise InvalidRequest("max_tokens must be a whole number of at least 1, or 0 together with echo: true",
                              "max_tokens")  # fmt: skip
@@ -210,7 +211,8 @@ def check_prompt_chars(prompts: Sequence[Prompt], field: str, limits: Limits) ->
                 if not isinstance(prompt, tuple))  # fmt: skip
     if count > limits.prompt_chars:
         raise InvalidRequest(
-            f"{field} has {count} characters in all; this server takes at most {limits.prompt_chars} in a request",
+            f"{field} has {counted(count, 'character')} in all; this server takes at most {limits.prompt_chars} in a "
+            "request",
             field,
         )
 
@@ -283,8 +285,8 @@ def _check_messages(messages: list[Any], limits: Limits) -> None:
                              "messages")  # fmt: skip
     contents = [one.get("content") for one in messages if isinstance(one, dict)]
     if (parts := sum(len(one) for one in contents if isinstance(one, list))) > limits.parts:
-        raise InvalidRequest(f"messages has {parts} text parts in all; this server takes at most {limits.parts}",
-                             "messages")  # fmt: skip
+        raise InvalidRequest(f"messages has {counted(parts, 'text part')} in all; this server takes at most "
+                             f"{limits.parts}", "messages")  # fmt: skip
 
 
 def _message(message: Any, path: str) -> Any:

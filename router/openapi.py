@@ -16,6 +16,7 @@ from kvferry.router import bodies
 from kvferry.router.answers import ChatAnswer, CompletionAnswer, ErrorAnswer, Model, ModelList
 from kvferry.router.fields import ANYTHING
 from kvferry.router.limits import Limits
+from kvferry.router.probes import Told
 from kvferry.router.tokens import Detokenized, Tokenized
 from kvferry.router.values import rules
 
@@ -31,8 +32,7 @@ ASKED = {
     bodies.MessageBody: bodies.NEUTRAL_MESSAGE,
     bodies.TextPart: bodies.NEUTRAL_PART,
 }
-ANSWERS = (CompletionAnswer, ChatAnswer, ErrorAnswer, Model, ModelList, Tokenized, Detokenized)
-ANYBODY = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
+ANSWERS = (CompletionAnswer, ChatAnswer, ErrorAnswer, Model, ModelList, Tokenized, Detokenized, Told)
 EVENT = {  # of a stream: a chunk as JSON, then `[DONE]`, or an ErrorAnswer in its place
     "type": "object",
     "properties": {"event": {"enum": ["message", "error"]}, "data": {"type": "string"}},
@@ -107,9 +107,11 @@ def _paths() -> Schema:
     one = _operation("model", _json("Model"), None, 401, 404, 503)
     one["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
     paths["/v1/models/{id}"] = {"get": one}
-    for path in ("health", "ready"):
-        content = {"application/json": {"schema": ANYBODY}}
-        paths[f"/{path}"] = {"get": _operation(path, content, None, *([503] if path == "ready" else []))}
+    for path, methods, *refusals in (("health", ("get",)), ("ready", ("get",), 503), ("ping", ("get", "post"), 503)):
+        paths[f"/{path}"] = {
+            method: _operation(path if method == "get" else f"{method}_{path}", _json("Told"), None, *refusals)
+            for method in methods
+        }
     told = {"type": "object", "properties": {"version": {"type": "string"}}, "required": ["version"]}
     paths["/version"] = {"get": _operation("version", {"application/json": {"schema": told}}, None)}
     return paths

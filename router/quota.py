@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from kvferry.common.clock import Clock
-from kvferry.common.errors import InvalidRequest, RateLimited
+from kvferry.common.errors import InvalidRequest, KvferryError, RateLimited
 from kvferry.common.hashing import TenantId
+from kvferry.common.values import counted
 
 SECOND_NS = 10**9
 MINUTE_NS = 60 * SECOND_NS
@@ -115,18 +116,12 @@ class Quota:
         """A request has come; it is under way until its grant is closed. Raises RateLimited."""
         most = self.limits.concurrent_requests
         if most is not None and len(self._grants) >= most:
-            raise RateLimited(
-                f"{len(self._grants)} requests of this tenant are under way and its limit is {most} at once; try again "
-                "when one of them has ended",
-                SOON_S,
-            )
+            told = f"this tenant has {counted(len(self._grants), 'request')} under way and its limit is {most} at once"
+            raise beyond("concurrent_requests", RateLimited(f"{told}; try again when one has ended", SOON_S))
         if self._requests is not None:
             if wait := _seconds(self._requests.wait_ns(1)):
-                raise RateLimited(
-                    f"this tenant's limit of {self._requests.per_minute} requests a minute is used up; try again in "
-                    f"{wait} s",
-                    wait,
-                )
+                told = f"this tenant's limit of {counted(self._requests.per_minute, 'request')} a minute is used up; "
+                raise beyond("requests_per_minute", RateLimited(told + f"try again in {wait} s", wait))
             self._requests.take(1)
         grant = Grant(self)
         self._grants.add(grant)
@@ -135,23 +130,17 @@ class Quota:
     def _admit_prompts(self, grant: "Grant", lengths: Sequence[int], blocks: int) -> None:
         limits, tokens = self.limits, sum(lengths)
         if limits.prompt_tokens is not None and max(lengths) > limits.prompt_tokens:
-            raise InvalidRequest(
-                f"the prompt has {max(lengths)} tokens; this tenant's limit is {limits.prompt_tokens} a prompt",
-                "prompt",
-            )
+            told = f"the prompt has {counted(max(lengths), 'token')}; this tenant's limit is {limits.prompt_tokens} a "
+            raise beyond("prompt_tokens", InvalidRequest(told + "prompt", "prompt"))
         self._check_blocks(blocks)
         if self._tokens is not None:
+            told, most = f"the request has {counted(tokens, 'prompt token')}", counted(self._tokens.per_minute, "token")
             if tokens > self._tokens.per_minute:
-                raise InvalidRequest(
-                    f"the request has {tokens} prompt tokens; this tenant's limit is {self._tokens.per_minute} tokens "
-                    "a minute, so it could never be served"
-                )
+                told += f"; this tenant's limit is {most} a minute, so it could never be served"
+                raise beyond("tokens_per_minute", InvalidRequest(told))
             if wait := _seconds(self._tokens.wait_ns(tokens)):
-                raise RateLimited(
-                    f"the request has {tokens} prompt tokens, and of this tenant's limit of {self._tokens.per_minute} "
-                    f"tokens a minute {self._tokens.left} are left; try again in {wait} s",
-                    wait,
-                )
+                told += f", and this tenant has {self._tokens.left} left of its {most} a minute; try again in {wait} s"
+                raise beyond("tokens_per_minute", RateLimited(told, wait))
         self._take_tokens(tokens)
         grant.kv_blocks = blocks
         self.kv_blocks += blocks
@@ -168,17 +157,13 @@ class Quota:
     def _check_blocks(self, blocks: int) -> None:
         if (most := self.limits.kv_blocks) is None:
             return
+        told = f"the request may need {counted(blocks, 'KV block')} for its prompt and max_tokens"
         if blocks > most:
-            raise InvalidRequest(
-                f"the request may need {blocks} KV blocks for its prompt and max_tokens; this tenant's limit is {most} "
-                "in flight, so ask for fewer tokens"
-            )
+            told += f"; this tenant's limit is {most} in flight, so ask for fewer tokens"
+            raise beyond("kv_blocks", InvalidRequest(told))
         if self.kv_blocks + blocks > most:
-            raise RateLimited(
-                f"the request may need {blocks} KV blocks for its prompt and max_tokens, and {self.kv_blocks} of this "
-                f"tenant's limit of {most} are in flight; try again when a request has ended, or ask for fewer tokens",
-                SOON_S,
-            )
+            told += f", and this tenant has {self.kv_blocks} of its {most} in flight; try again when a request has "
+            raise beyond("kv_blocks", RateLimited(told + "ended, or ask for fewer tokens", SOON_S))
 
     def headers(self) -> dict[str, str]:
         """What is left, in the headers that OpenAI's clients know; those of a limit that is not set are left out."""
@@ -245,6 +230,12 @@ class Quotas:
         for name, quota in self._quotas.items():
             if quota.limits != limits[name]:
                 quota.change(limits[name])
+
+
+def beyond(limit: str, refusal: KvferryError) -> KvferryError:
+    """A refusal that knows for which limit it is, by the name it has in a file; the log tells it."""
+    refusal.limit = limit
+    return refusal
 
 
 def blocks_for(prompt: int, max_tokens: int, n: int, block_size: int) -> int:

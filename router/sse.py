@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
+import msgspec
 from aiohttp import web
 
 HEADERS = {
@@ -57,6 +58,11 @@ class EventStream:
             await self.response.write(event)
             if last:
                 await self.response.write_eof()
+
+
+def as_json(value: object) -> web.Response:
+    """A short answer."""
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 
 async def send_json(

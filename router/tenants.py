@@ -19,6 +19,7 @@ from pathlib import Path
 from kvferry.common.clock import Clock, WallClock
 from kvferry.common.errors import ConfigError, Unauthenticated
 from kvferry.common.hashing import KEY_BYTES, TENANT_SALT_BYTES, TenantId, TenantKeys
+from kvferry.common.values import counted
 from kvferry.router.quota import UNLIMITED, TenantLimits
 from kvferry.router.tenants_file import KEY, NO_KEY, KeyLine, TenantsFile, key_hmac, read_file
 
@@ -143,7 +144,8 @@ class LiveTenants:
                 self._fault = str(error)
             return None
         self._seen, self._fault = signature, ""
-        log.info("the tenants file has changed: %d tenants, %d keys", len(file.tenants), len(file.keys))
+        there = (counted(len(file.tenants), "tenant"), counted(len(file.keys), "key"))
+        log.info("the tenants file has changed: %s, %s", *there)
         return Tenants.of(file, self._clock)
 
     def _signature(self) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from kvferry.common.errors import InvalidRequest
+from kvferry.common.values import counted
 from kvferry.router.limits import Limits
 
 MAX_SALT_CHARS = 256
@@ -56,6 +57,10 @@ class Rule(NamedTuple):
     schema: dict[str, Any]
 
 
+def of_chars(most: int) -> str:
+    return "1 character" if most == 1 else f"1 to {most} characters"
+
+
 @cache
 def rules(limits: Limits) -> dict[str, Rule]:
     """Of each field, by its name, that the limits bound."""
@@ -71,25 +76,26 @@ def rules(limits: Limits) -> dict[str, Rule]:
     turns, parts = ({"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}, "maxItems": most}
                     for name, most in (("MessageBody", limits.messages), ("TextPart", limits.parts)))  # fmt: skip
     return {
-        "messages": Rule(f"a list of 1 to {limits.messages} messages", turns | {"minItems": 1}),
-        "content": Rule(f"a string or a list of up to {limits.parts} text parts", {"anyOf": [TEXT, parts]}),
+        "messages": Rule(f"a list of 1 to {counted(limits.messages, 'message')}", turns | {"minItems": 1}),
+        "content": Rule(f"a string or a list of up to {counted(limits.parts, 'text part')}", {"anyOf": [TEXT, parts]}),
         "prompt": Rule(PROMPTS, {"anyOf": [{"type": "string"}, tokens, *batches]}),
         "tokens": Rule("a list of token ids", {"type": "array", "items": token, "maxItems": limits.prompt_tokens}),
         "n": Rule(f"a whole number from 1 to {limits.n}", {"type": "integer", "minimum": 1, "maximum": limits.n}),
         "stop": Rule(
-            f"a string or a list of up to {limits.stops} strings, each of 1 to {limits.stop_chars} characters",
+            f"a string or a list of up to {counted(limits.stops, 'string')}, each of {of_chars(limits.stop_chars)}",
             {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": limits.stops}]},
         ),
         "stop_token_ids": Rule(
-            f"a list of up to {limits.stop_token_ids} token ids",
+            f"a list of up to {counted(limits.stop_token_ids, 'token id')}",
             {"type": "array", "items": token, "maxItems": limits.stop_token_ids},
         ),
         "bad_words": Rule(
-            f"a list of up to {limits.bad_words} strings, each of 1 to {limits.bad_word_chars} characters",
+            f"a list of up to {counted(limits.bad_words, 'string')}, each of {of_chars(limits.bad_word_chars)}",
             {"type": "array", "items": word, "maxItems": limits.bad_words},
         ),
         "logit_bias": Rule(
-            f"an object of up to {limits.logit_bias} token ids, as strings, each with a number from -100 to 100",
+            f"an object of up to {counted(limits.logit_bias, 'token id')}, as strings, each with a number from -100 to "
+            "100",
             {
                 "type": "object",
                 "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
@@ -136,7 +142,9 @@ def check_prompt_tokens(count: int, field: str, limits: Limits) -> None:
     """Raise InvalidRequest for more tokens than a request may have."""
     if count > limits.prompt_tokens:
         raise InvalidRequest(
-            f"{field} has {count} tokens in all; this server takes at most {limits.prompt_tokens} in a request", field
+            f"{field} has {counted(count, 'token')} in all; this server takes at most {limits.prompt_tokens} in a "
+            "request",
+            field,
         )
 
 
@@ -216,7 +224,7 @@ def _wrong_item(name: str, expected: str, item: Any) -> InvalidRequest:
 def shown(value: Any) -> str:
     """A value in an error: numbers and the like as they are, text and containers only by kind."""
     if isinstance(value, str):
-        return f"a string of {len(value)} characters"
+        return f"a string of {counted(len(value), 'character')}"
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):

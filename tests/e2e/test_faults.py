@@ -72,11 +72,16 @@ class TestDeadWorkers:
         cluster.ask(prompt)
         cluster.settle()
         boot = cluster.store()["boot_id"]
+        assert cluster.http.get("/ready").json() == {"status": "ready"}
         store.kill()
+        told = until(lambda: cluster.http.get("/ready").json().get("missing"), 5, "told")
+        assert cluster.http.get("/ready").status_code == 200
+        assert told == ["the store node does not answer; until it is back, prompts are computed instead of found"]
         for asked in (prompt, prompts.tokens(150)):
             assert oracle.refuses(asked, cluster.ask(asked).token_ids) == ""
         back(cluster, "store", store.pid)
         assert cluster.store()["boot_id"] != boot
+        assert cluster.http.get("/ready").json() == {"status": "ready"}
         cluster.flush(prompts)
         after = [cluster.ask(prompt)]
         assert after[0].cached == 0, "a new store knows nothing of the old one's blocks"

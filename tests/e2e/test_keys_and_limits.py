@@ -230,7 +230,7 @@ def test_requests_at_once(house, prompts):
             refused = house.post(key, [5])
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
             assert refused.json()["error"]["message"].startswith(
-                "2 requests of this tenant are under way and its limit is 2 at once; try again"
+                "this tenant has 2 requests under way and its limit is 2 at once; try again"
             )
         first.rest()
         second.rest()
@@ -247,7 +247,7 @@ def test_tokens_a_minute(house, prompts):
         assert len(stream.rest().token_ids) == 24
     answer = house.post(key, prompts.tokens(60))
     assert answer.status_code == 429
-    left = int(re.search(r"of this tenant's limit of 120 tokens a minute (\d+) are left", answer.text)[1])
+    left = int(re.search(r"and this tenant has (\d+) left of its 120 tokens a minute", answer.text)[1])
     assert 120 - 60 - 24 <= left < 60
     assert answer.headers["x-ratelimit-limit-tokens"] == "120"
     assert int(answer.headers["x-ratelimit-remaining-tokens"]) - left in (0, 1)
@@ -273,10 +273,7 @@ def test_blocks_in_flight(house, prompts):
     with house.stream(key, prompts.tokens(20)), house.standing_still():
         refused = house.post(key, prompts.tokens(20), max_tokens=44)
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
-        assert (
-            "may need 4 KV blocks for its prompt and max_tokens, and 27 of this tenant's limit of 30 are"
-            in refused.text
-        )
+        assert "may need 4 KV blocks for its prompt and max_tokens, and this tenant has 27 of its 30 in" in refused.text
     until(lambda: house.post(key, [5], max_tokens=400).status_code == 200, SOON_S, "given back")
 
 

@@ -33,10 +33,13 @@ OPERATIONS = [
     ("GET", "/v1/models/{id}"),
     ("GET", "/health"),
     ("GET", "/ready"),
+    ("GET", "/ping"),
+    ("POST", "/ping"),
     ("GET", "/version"),
 ]
-POSTED = [(*operation, mode) for operation in OPERATIONS if operation[0] == "POST" for mode in (RIGHT, WRONG)]
-ASKED = [(*operation, RIGHT) for operation in OPERATIONS if operation[0] == "GET"]  # nothing in these can be wrong
+BARE = [one for one in OPERATIONS if one[0] == "GET" or one[1] == "/ping"]  # nothing in these can be wrong
+POSTED = [(*operation, mode) for operation in OPERATIONS if operation not in BARE for mode in (RIGHT, WRONG)]
+ASKED = [(*operation, RIGHT) for operation in BARE]
 
 
 @pytest.fixture(scope="module")

@@ -5,91 +5,32 @@ import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
+from fronts import CONFIG, UP, with_house
 
 from kvferry.cli.demo_model import byte_tokenizer
 from kvferry.common.clock import ManualClock
-from kvferry.common.config import RouterConfig
-from kvferry.common.errors import DeadlineExceeded, Overloaded, Unavailable
+from kvferry.common.errors import DeadlineExceeded, Overloaded, Unauthenticated, Unavailable
 from kvferry.common.hashing import TenantKeys
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.sampling import SamplingParams
 from kvferry.common.store_api import Match
 from kvferry.router import flow as flow_module
 from kvferry.router.accounting import Metrics, Record
-from kvferry.router.app import Front
 from kvferry.router.defaults import NO_DEFAULTS
 from kvferry.router.flow import Flow, Job, Progress
 from kvferry.router.handover import Piece
-from kvferry.router.limits import Limits
-from kvferry.router.listener import listen
 from kvferry.router.models import Models, TextSide
 from kvferry.router.nodes import Nodes
 from kvferry.router.quota import TenantLimits
-from kvferry.router.tenants import LiveTenants, Tenant
+from kvferry.router.tenants import Tenant
 from kvferry.router.text import Tokenizer
 
-CONFIG = RouterConfig(
-    model="m", prefill=("127.0.0.1:1",), decode=("127.0.0.1:2",), store=Path("s"),
-    node_wait_s=0.01,
-)  # fmt: skip
-LAYOUT = pb.Layout(kv_heads=1, layers=1, block_size=16, head_dim=8, dtype="float32")
-UP = pb.WorkerStatus(
-    served_model_name="name",
-    tokenizer="place",
-    fingerprint=b"f" * 32,
-    layout=LAYOUT,
-    vocab_size=264,
-    max_model_len=64,
-    total_blocks=9,
-)
 
-
-def with_front(
-    use: Callable[[Nodes, ClientSession, str], Awaitable[None]],
-    config: RouterConfig = CONFIG,
-    tenants: LiveTenants | None = None,
-) -> None:
-    """A front over nodes that nobody watches."""
-
-    async def main() -> None:
-        nodes, metrics, clock = Nodes(CONFIG.prefill, CONFIG.decode), Metrics(), ManualClock()
-        models = Models(nodes, own_defaults=False)
-        models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
-        flow = Flow(CONFIG, nodes, models, None, metrics, clock)
-        front = Front(config, Limits(), models, tenants or LiveTenants(None), nodes, flow, metrics)
-        runner = await listen(front.app(), "127.0.0.1", 0, Limits())
-        async with ClientSession() as session:
-            await use(nodes, session, f"http://127.0.0.1:{runner.addresses[0][1]}")
-        await runner.cleanup()
-        await nodes.close()
-        models.close()
-
-    asyncio.run(main())
-
-
-def test_ready_is_who_has_a_decode_worker():
-    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
-        (prefill,), (decode,) = nodes.prefill, nodes.decode
-        no_prefill = "prefill node 1 of 1 is not ready"
-        no_decode = "decode node 1 of 1 is not ready"
-        for prefill.status, decode.status, decode.subscription.open, status, told in (
-            (None, None, False, 503, f"no decode node is ready; {no_prefill}; {no_decode}"),
-            (UP, None, False, 503, f"no decode node is ready; {no_decode}"),
-            (UP, UP, False, 503, f"no decode node is ready; {no_decode}"),
-            (None, UP, True, 200, f"no prefill node is ready for a decode node; {no_prefill}"),
-            (UP, UP, True, 200, None),
-        ):
-            async with session.get(f"{url}/ready") as answer:
-                body = await answer.json()
-                assert answer.status == status
-                assert ("Retry-After" in answer.headers) == (status == 503)
-                assert (body["error"]["message"] if status == 503 else body.get("missing")) == told
-
-    with_front(use)
+def with_front(use: Callable[[Nodes, ClientSession, str], Awaitable[None]], *more: object, **named: object) -> None:
+    with_house(lambda house: use(house.nodes, house.http, house.api), *more, **named)
 
 
 def test_models_are_those_that_are_up():
@@ -139,7 +80,7 @@ def test_what_is_not_sent_yet_has_its_place(path):
 
     async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
         writer = await half_a_body(url, path, 0)
-        told = "1 requests are being served already; try again later"
+        told = "this server serves 1 request already; try again later"
         assert await refused(session, url, b"{") == dict.fromkeys(POSTED, told)
         writer.close()
         await asyncio.sleep(0.1)
@@ -186,6 +127,32 @@ def test_a_tenants_limits_are_those_of_tokenize_too(limits, lengths, statuses):
         assert found == statuses
 
     with_front(use, tenants=Tenants())
+
+
+def test_the_log_tells_whose_request_is_refused_and_by_which_limit(caplog):
+    """As it tells of those that are answered: by the tenant's pseudonym, which `kvferry tenants list` shows."""
+    caplog.set_level("INFO")
+
+    class Tenants:
+        def authenticate(self, header):
+            if header is None:
+                raise Unauthenticated("no API key")
+            return Tenant("acme", keys, TenantLimits(requests_per_minute=1, kv_blocks=1))
+
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        nodes.decode[0].status, nodes.decode[0].subscription.open = UP, True
+        for headers in ({"Authorization": "Bearer a"}, {"Authorization": "Bearer a"}, {}):
+            await session.post(f"{url}/v1/completions", data='{"prompt": [1], "max_tokens": 50}', headers=headers)
+
+    keys = TenantKeys.of(b"k" * 32)
+    with_front(use, tenants=Tenants())
+    told = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert told == [
+        f"POST /v1/completions refused: 400 invalid_request, for the request; tenant {keys.pseudonym}; limit kv_blocks",
+        "POST /v1/completions refused: 429 rate_limit_exceeded, for the request; "
+        f"tenant {keys.pseudonym}; limit requests_per_minute",
+        "POST /v1/completions refused: 401 invalid_api_key, for the request",
+    ]
 
 
 @pytest.mark.parametrize(("asked_s", "allowed_s"), [(None, 600.0), (5.0, 5.0), (10_000.0, 600.0)])

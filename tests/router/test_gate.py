@@ -9,7 +9,7 @@ from kvferry.router.gate import Gate
 def test_how_many_requests_there_may_be():
     gate = Gate(2, 100)
     with gate.enter():
-        with gate.enter(), pytest.raises(Overloaded, match="2 requests are being served already; try again later"):
+        with gate.enter(), pytest.raises(Overloaded, match="this server serves 2 requests already; try again later"):
             gate.enter()
         with gate.enter():
             assert gate.requests == 2

@@ -71,7 +71,9 @@ def test_after_the_seconds_it_names_it_is_admitted(clock, limit, later):
         quota.admit()
     wait = refused.value.retry_after_s
     assert wait == math.ceil(round(60 / limit - later, 9))
-    assert f"limit of {limit} requests a minute is used up; try again in {wait} s" in str(refused.value)
+    many = "1 request" if limit == 1 else f"{limit} requests"
+    assert f"limit of {many} a minute is used up; try again in {wait} s" in str(refused.value)
+    assert refused.value.limit == "requests_per_minute"
     clock.advance(wait)
     quota.admit().close()
 
@@ -80,7 +82,7 @@ def test_requests_at_once(clock):
     quota = quota_of(clock, concurrent_requests=2)
     first, second = quota.admit(), quota.admit()
     for _ in range(3):
-        with pytest.raises(RateLimited, match=r"2 requests of this tenant are under way and its limit is 2") as refused:
+        with pytest.raises(RateLimited, match=r"this tenant has 2 requests under way and its limit is 2") as refused:
             quota.admit()
         assert refused.value.retry_after_s == 1
     first.close()
@@ -128,9 +130,10 @@ def test_tokens_a_minute_count_the_prompt_then_what_is_generated(clock):
         with pytest.raises(RateLimited) as refused:
             grant.take_prompts([301], 0)
         assert str(refused.value) == (
-            "the request has 301 prompt tokens, and of this tenant's limit of 600 tokens a minute 300 are left; try "
-            "again in 1 s"
+            "the request has 301 prompt tokens, and this tenant has 300 left of its 600 tokens a minute; try again "
+            "in 1 s"
         )
+        assert refused.value.limit == "tokens_per_minute"
         grant.take_prompts([300], 0)
     assert quota.headers()["x-ratelimit-remaining-tokens"] == "0"
 
@@ -175,7 +178,7 @@ def test_blocks_in_flight(clock):
     quota = quota_of(clock, kv_blocks=10)
     first, second = quota.admit(), quota.admit()
     first.take_prompts([1], 6)
-    with pytest.raises(RateLimited, match=r"may need 5 KV blocks .* and 6 of this tenant's limit of 10 are in flight"):
+    with pytest.raises(RateLimited, match=r"may need 5 KV blocks .* and this tenant has 6 of its 10 in flight"):
         second.take_prompts([1], 5)
     second.take_prompts([1], 4)
     first.close()
