@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spans import span
 
-from kvferry.common.block import MAX_SEGMENTS, PROOF_BYTES
+from kvferry.common.block import MAX_SEGMENTS, PROOF_BYTES, segment_checksums
 from kvferry.common.hashing import NAME_BYTES
 from kvferry.common.store_api import Match, MissReason, Payload
 from kvferry.kvstore import seal as sealing
@@ -290,12 +290,29 @@ def test_proofs_that_do_not_cover_the_block_are_a_miss(ground, key):
     async def story():
         node = ground.node()
         client = await started(ground, node)
-        match = await published(ground, client, ground.names("a", 1), key)
+        names = ground.names("a", 1)
+        match = await published(ground, client, names, key)
         proofs = match.blocks[0].proofs
-        wrong = [b"", proofs[:PROOF_BYTES], proofs[:-1], proofs + b"\0", proofs + proofs[:PROOF_BYTES], proofs * 50]
+        all_but_one_byte = segment_checksums(ground.payloads(names)[0].data, 3)
+        wrong = [b"", proofs[:PROOF_BYTES], proofs[:-1], proofs + b"\0", proofs + proofs[:PROOF_BYTES], proofs * 50,
+                 all_but_one_byte]  # fmt: skip
         for number, other in enumerate(wrong, 1):
             assert await client.pull(altered(match, 0, proofs=other), ground.room(1), key) == 0
             assert client.bad_blocks == number
+        await client.close()
+
+    run(story())
+
+
+def test_a_block_that_is_called_sealed_is_not_taken_for_a_plain_one(ground):
+    """Though its checksums are right."""
+
+    async def story():
+        node = ground.node()
+        client = await started(ground, node)
+        match = await published(ground, client, ground.names("a", 1), None)
+        assert await client.pull(match, ground.room(1)) == 1
+        assert await client.pull(altered(match, 0, salt=bytes(SALT_BYTES)), ground.room(1)) == 0
         await client.close()
 
     run(story())
