@@ -27,7 +27,7 @@ from kvferry.router.guard import guard, read_body
 from kvferry.router.limits import Limits
 from kvferry.router.listener import listen
 from kvferry.router.models import Models
-from kvferry.router.nodes import Nodes, ServedModel
+from kvferry.router.nodes import Nodes
 from kvferry.router.openai import Kind, parse_request
 from kvferry.router.openapi import openapi
 from kvferry.router.probes import Probes
@@ -153,7 +153,7 @@ class Front:
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         with self._admit(request)[1] as grant, self._gate.enter() as place:
             asked = await self._parsed(request, place, parse_tokenize)
-            model = await self._ready_model(asked.model)
+            model = await self._flow.ready_model(asked.model)
             tokenizer = self._models.side_of(model.tokenizer).tokenizer
             told = await tokenize(asked, tokenizer, model.max_model_len, self._limits, grant)
             return await self._send(request, told)
@@ -161,7 +161,7 @@ class Front:
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         with self._admit(request)[1], self._gate.enter() as place:
             asked = await self._parsed(request, place, parse_detokenize)
-            model = await self._ready_model(asked.model)
+            model = await self._flow.ready_model(asked.model)
             told = await detokenize(asked, self._models.side_of(model.tokenizer).tokenizer, model.vocab_size)
             return await self._send(request, told)
 
@@ -173,9 +173,6 @@ class Front:
 
     def _served(self) -> list[Model]:
         return [Model(id=name, created=since, max_model_len=longest) for name, since, longest in self._models.up()]
-
-    async def _ready_model(self, name: str | None) -> ServedModel:
-        return await self._flow.ready_model(self._models.name_of(name))
 
     def _authenticate(self, request: web.Request) -> Tenant:
         tenant = self._tenants.authenticate(request.headers.get("Authorization"))

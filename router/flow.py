@@ -113,11 +113,12 @@ class Flow:
         self._tenants: frozenset[str] | None = None  # that there are; None is all
         self._stopping = False
 
-    def stop(self) -> None:
-        """End every request with an error, and take no more."""
+    async def stop(self) -> None:
+        """End every request with an error, also those that wait for a worker, and take no more."""
         self._stopping = True
         for handover in self._active:
             handover.abort(Unavailable(STOPPING))
+        await self._nodes.tell()
 
     def take_tenants(self, pseudonyms: frozenset[str]) -> None:
         """These are the tenants there are from now on: end the requests of all others with an error. Of those that were
@@ -231,26 +232,37 @@ class Flow:
         allowed = self._config.request_s
         return arrived + (allowed if timeout_s is None else min(timeout_s, allowed))
 
-    async def ready_model(self, name: str, give_up: float = inf) -> ServedModel:
-        """The model of that name, as the least loaded decode node runs it; waits a while for one to come up. Raises
-        Unavailable, DeadlineExceeded."""
-        await self._wait_for(lambda: bool(self._models.decode(name)), name, give_up)
-        return self._models.decode(name)[0].model
+    async def ready_model(self, asked: str | None, give_up: float = inf) -> ServedModel:
+        """The model that a request asks for, as the least loaded decode node runs it; waits a while for a worker that
+        announces it and is ready, also for the first that ever comes. Raises what `Models.name_of` does, and
+        DeadlineExceeded."""
+
+        def found() -> bool:
+            return self._models.settled(asked) and bool(self._models.decode(self._models.name_of(asked)))
+
+        if not await self._wait_for(found, give_up):
+            name = self._models.name_of(asked)
+            raise Unavailable(f"no decode node is ready for {name}; try again later")
+        return self._models.decode(self._models.name_of(asked))[0].model
 
     async def _ready_again(self, model: ServedModel, give_up: float) -> None:
         """Wait a while for a decode node that runs this very model: what has been sent was its answer, and goes on on
         no other. Raises Unavailable, DeadlineExceeded."""
-        await self._wait_for(lambda: bool(self._running(model)), model.name, give_up)
+        if not await self._wait_for(lambda: bool(self._running(model)), give_up):
+            if self._models.decode(model.name):
+                raise Unavailable(f"{model.name} has become another model; try again")
+            raise Unavailable(f"no decode node is ready for {model.name}; try again later")
 
-    async def _wait_for(self, found: Callable[[], bool], name: str, give_up: float) -> None:
+    async def _wait_for(self, found: Callable[[], bool], give_up: float) -> bool:
+        """Whether it is found in the time there is. Raises DeadlineExceeded when the request's own is over, Unavailable
+        when this server stops."""
         patience = min(self._config.node_wait_s, give_up - self._clock.now())
-        if await self._nodes.wait_for(found, patience):
-            return
-        if self._clock.now() >= give_up:
+        there = await self._nodes.wait_for(lambda: self._stopping or found(), patience)
+        if self._stopping:
+            raise Unavailable(STOPPING)
+        if not there and self._clock.now() >= give_up:
             raise DeadlineExceeded(TOO_LONG)
-        if self._models.decode(name):
-            raise Unavailable(f"{name} has become another model; try again")
-        raise Unavailable(f"no decode node is ready for {name}; try again later")
+        return there
 
     def _running(self, model: ServedModel) -> list[Node]:
         """The decode nodes that run this very model, the least loaded first."""

@@ -60,7 +60,7 @@ class Generator:
                 await asyncio.wait_for(self._idle.wait(), self._config.drain_s)
             except TimeoutError:
                 log.warning("the shutdown ends %s", counted(self._open, "request"))
-        self._flow.stop()
+        await self._flow.stop()
 
     async def answer(
         self, request: web.Request, asked: GenerationRequest, tenant: Tenant, grant: Grant
@@ -71,10 +71,9 @@ class Generator:
         self._metrics.open_requests.set(self._open)
         arrived, outcome, records, refused = self._clock.now(), "cancelled", [], False
         try:
-            name = self._models.name_of(asked.model)
-            model = await self._flow.ready_model(name, self._flow.give_up(arrived, asked.timeout_s))
+            model = await self._flow.ready_model(asked.model, self._flow.give_up(arrived, asked.timeout_s))
             side = self._models.side_of(model.tokenizer)
-            asked = replace(asked.advised(side.defaults), model=name)
+            asked = replace(asked.advised(side.defaults), model=model.name)
             jobs = await self._jobs(asked, model, side.tokenizer, tenant, grant, request["id"])
             records += [Record(job.request_id, len(job.token_ids), arrived) for job in jobs]
             told = tellings(jobs, records, asked, side.tokenizer)

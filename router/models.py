@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvferry.common.errors import ConfigError, InvalidRequest, ModelNotFound, Unavailable
+from kvferry.common.values import counted
 from kvferry.router.defaults import NO_DEFAULTS, SamplingDefaults, load_defaults
 from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import least_loaded
@@ -35,6 +36,7 @@ class Models:
         self._sides: dict[str, TextSide] = {}
         self._again_at: dict[str, float] = {}  # places that could not be loaded, and when to try once more
         self._names: dict[str, int] = {}
+        self._heard: set[str] = set()  # addresses of decode nodes that have announced a model
 
     async def load(self, place: str, revision: str | None = None) -> None:
         """Load what is at `place`, a folder or a Hugging Face id. Raises ConfigError."""
@@ -52,6 +54,7 @@ class Models:
         """Load what workers announce, for as long as there is a router."""
         while True:
             version = self._nodes.version
+            self._known()
             wanted = [node for node in self._nodes.decode if node.ready and self._wanted(node.model.tokenizer)]
             for node in wanted:
                 await self._load_of(node)
@@ -99,16 +102,32 @@ class Models:
         for node in self._nodes.all:
             if node.ready:
                 self._names.setdefault(node.model.name, int(time.time()))
+                if node.role == "decode":
+                    self._heard.add(node.address)
         return self._names
+
+    def _unheard(self) -> list[Node]:
+        """The decode nodes that have not yet said, since this router began, which model they run."""
+        self._known()
+        return [node for node in self._nodes.decode if node.address not in self._heard]
+
+    def settled(self, asked: str | None) -> bool:
+        """Whether it is known if a model of that name is served here; without a name, whether any is."""
+        known = self._known()
+        return bool(known) if asked is None else asked in known or not self._unheard()
 
     def name_of(self, asked: str | None) -> str:
         """The name of the model that a request is for. Raises ModelNotFound, InvalidRequest for a request that leaves
-        open which of several, Unavailable as long as no worker has come."""
+        open which of several, Unavailable as long as it is not settled."""
         known = self._known()
         if asked in known:
             return asked
         if not known:
-            raise Unavailable(self._nodes.missing())
+            raise Unavailable(f"{self._nodes.missing()}; try again later")
+        if not self.settled(asked):
+            silent = counted(len(self._unheard()), "decode node")
+            raise Unavailable(f"no worker has announced the model {asked[:64]!r} yet, and {silent} of "
+                              f"{len(self._nodes.decode)} did not come so far; try again later")  # fmt: skip
         told = ", ".join(repr(name) for name in sorted(known))
         if asked is not None:
             verb = "are" if len(known) > 1 else "is"

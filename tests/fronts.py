@@ -8,7 +8,7 @@ from pathlib import Path
 from aiohttp import ClientSession
 from checkpoints import byte_tokenizer
 
-from kvferry.common.clock import ManualClock
+from kvferry.common.clock import MonotonicClock
 from kvferry.common.config import RouterConfig
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.store_api import StoreStats
@@ -51,7 +51,7 @@ class AStore:
 
 @dataclass
 class House:
-    """`api` and `admin`: the listeners' URLs. The clock stands still."""
+    """`api` and `admin`: the listeners' URLs."""
 
     nodes: Nodes
     models: Models
@@ -73,7 +73,7 @@ def with_house(
         nodes, metrics, store = Nodes(config.prefill, config.decode), Metrics(), AStore()
         models, bounds = Models(nodes, own_defaults=False), limits or Limits()
         models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
-        flow, probes = Flow(config, nodes, models, None, metrics, ManualClock()), Probes(models, lambda: store.there)
+        flow, probes = Flow(config, nodes, models, None, metrics, MonotonicClock()), Probes(models, lambda: store.there)
         front = Front(config, bounds, models, tenants or LiveTenants(None), flow, metrics, probes)
         apps = (front.app(), admin_app(nodes, store, metrics, probes, bounds))
         runners = [await listen(app, "127.0.0.1", 0, bounds) for app in apps]

@@ -261,7 +261,7 @@ def test_waiting_for_a_worker_ends_with_the_clients_time():
         flow = Flow(CONFIG, nodes, Models(nodes, own_defaults=False), None, Metrics(), clock)
         with pytest.raises(DeadlineExceeded):
             await flow.ready_model("name", clock.now())
-        with pytest.raises(Unavailable, match="no decode node is ready for name"):
+        with pytest.raises(Unavailable, match="no decode node is ready; try again later"):
             await flow.ready_model("name", clock.now() + 100)
         await nodes.close()
 

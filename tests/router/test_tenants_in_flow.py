@@ -83,7 +83,11 @@ def flow(monkeypatch, worker):
         assert model == MODEL
 
     config = RouterConfig(model="m", prefill=(), decode=("unix:/nowhere",), store="s")
-    nodes = SimpleNamespace(partners=lambda decode: [])
+
+    async def tell():
+        return
+
+    nodes = SimpleNamespace(partners=lambda decode: [], tell=tell)
     flow = Flow(config, nodes, None, SimpleNamespace(lookup=lookup), Metrics(), ManualClock())
     monkeypatch.setattr(flow_module, "Handover", worker.hand)
     monkeypatch.setattr(flow, "_ready_again", ready_again)
@@ -147,7 +151,7 @@ def test_it_ends_while_it_waits_for_its_place(flow, worker, why):
         if why == "erased":
             flow.take_tenants(frozenset({BOLT.pseudonym}))
         else:
-            flow.stop()
+            await flow.stop()
         with pytest.raises(Unauthenticated if why == "erased" else Unavailable):
             await asyncio.wait_for(task, 5)
         assert got == []
