@@ -24,11 +24,11 @@ from kvferry.kvstore.protocol import ProtocolError, Written
 log = logging.getLogger(__name__)
 
 STRIPE_BYTES = 32 * 2**20  # a connection takes so much at a time where there are several
-COMMIT_BYTES = 4 * 2**20  # so much arrives before it is committed
+COMMITS = 8  # in so many parts what one connection fetches is committed as it arrives,
+COMMIT_LEAST, COMMIT_MOST = 2**20, 16 * 2**20  # within these bytes a part
 LEAST_BYTES_PER_S = 50e6  # who sends more slowly than this is not waited for: computing is quicker
 PATIENCE_S = 2.0  # beside that
 MAX_PARTS = 512  # buffers of one recvmsg; the system takes 1024
-KEEP_S = 2.0  # so long after the last block has come they stay leased, for those who waited
 FAILED = (Slow, ProtocolError, IncompatibleNode, EOFError, OSError)
 
 Sources = Sequence[Sequence[str]]  # for each name, the addresses that may have it
@@ -98,8 +98,6 @@ class Fetcher:
                 failed |= {address for (address, _), lack in zip(lanes, lacking, strict=True) if lack}
                 wanted = sorted(i for lack in lacking for i in lack)
             self._index.withdraw(self._connection, lease, [span.names[i] for i in wanted])
-            self._changed()
-            await asyncio.sleep(KEEP_S)
         finally:
             self._index.release(self._connection, lease)
             self._changed()
@@ -189,7 +187,8 @@ class Fetcher:
 
         if not written:
             return
-        step = min(max(1, COMMIT_BYTES // arena.block_bytes), MAX_PARTS)
+        size = len(written) * arena.block_bytes // COMMITS
+        step = min(max(1, min(max(size, COMMIT_LEAST), COMMIT_MOST) // arena.block_bytes), MAX_PARTS)
         try:
             with arena.in_use():
                 views = [arena.slot(block.slot) for block in written]

@@ -98,15 +98,13 @@ class Index:
         self.tick()
         found = self._catalog.leading(names)
         blocks = tuple([block.located for block in found])
+        coming = self._coming(names[len(found) :]) if lease and len(found) < len(names) else 0
         miss = None
-        if len(found) < len(names):
-            first = names[len(found)]
+        if len(found) + coming < len(names):
+            first = names[len(found) + coming]
             miss = MissReason.BEING_WRITTEN if first in self._pending else self._catalog.why_missing(first)
         if not lease:
             return Match(blocks, 0, 0, self._boot_id, miss)
-        coming = self._coming(names[len(found) :])
-        if coming and len(found) + coming == len(names):
-            miss = None
         self._counts["lookups"] += not again
         self._counts["blocks_looked_up"] += 0 if again else len(names)
         self._counts["blocks_found"] += len(found)
@@ -142,12 +140,15 @@ class Index:
         return name in self._catalog or name in self._pending
 
     def _coming(self, names: Sequence[BlockName]) -> int:
-        """How many leading names are on their way from other hosts."""
-        for count, name in enumerate(names):
+        """How many leading names, of which the first is not there, are on their way from other hosts. Several may come
+        at a time, so later ones may be there already."""
+        count = 0
+        for name in names:
             pending = self._pending.get(name)
-            if pending is None or not pending.lease.connection.bringing:
-                return count
-        return len(names)
+            if not (pending.lease.connection.bringing if pending else count and name in self._catalog):
+                break
+            count += 1
+        return count
 
     # -- computing and publishing --------------------------------------------------------------------------------
 
