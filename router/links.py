@@ -60,10 +60,17 @@ class Link:
         self._open()
 
     async def close(self) -> None:
+        """gRPC closes the connection when nobody has a call of it any more, be it over or not: a task has one."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.tasks.clear()
         await self._channel.close()
+
+    @property
+    def shown(self) -> bytes:
+        """The certificate that we show there, in PEM; empty without one."""
+        return self._credentials.chain if self.secure else b""
 
     @property
     def ready(self) -> bool:
