@@ -65,7 +65,7 @@ class Breaker:
             await asyncio.gather(self._mending, return_exceptions=True)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless an open breaker is being mended and a closed one is not."""
+        """Raise RuntimeError unless, once started, it is being mended if it is open, and not if it is closed."""
         mending = self._mending is not None and not self._mending.done()
         if self.closed != self._is_closed.is_set() or self.closed == mending:
             raise RuntimeError(f"a breaker is closed: {self.closed}, and is being mended: {mending}")

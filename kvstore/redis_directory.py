@@ -8,20 +8,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
-from redis.exceptions import ResponseError, TryAgainError
+from redis.exceptions import ResponseError
 
 from kvferry.common.clock import Clock, MonotonicClock
 from kvferry.kvstore.announcements import Announcements
 from kvferry.kvstore.breaker import Breaker
 from kvferry.kvstore.directory import CLAIM_S, HINT_S, PLACES, Holder, Key, place_of
 from kvferry.kvstore.redis_entries import Decoder, claim_key, encode, hint_key, mark_key, segments
-from kvferry.kvstore.redis_pipe import Command, Pipe, Reply, connect, kind_of, sentence_of
+from kvferry.kvstore.redis_pipe import Command, Moving, Pipe, Reply, connect, kind_of, sentence_of
 from kvferry.kvstore.redis_target import RedisTarget
 
 log = logging.getLogger(__name__)
 
 BUDGET_S = 0.05
-LATE_S = 0.01  # a budget whose end was noticed so much later ended because of this process, not of Redis
+LATE_S = 0.01  # a budget whose end is noticed so much later, or of which Redis had less than half, is no fault of Redis
 CONNECT_S = 1.0
 CALLS_AT_ONCE = 8
 BATCH = 256  # announcements in one round trip
@@ -176,14 +176,15 @@ class RedisDirectory:
         return await asyncio.shield(call)
 
     async def _within_budget(self, ask: Callable[[Pipe], Awaitable[T]], otherwise: T) -> T:
-        pipe = None
+        now = asyncio.get_running_loop().time
+        pipe, asked = None, now() + BUDGET_S
         try:
             async with asyncio.timeout(BUDGET_S) as budget, self._at_once:
                 if (pipe := self._pipe) is not None:
+                    asked = now()
                     return await ask(pipe)
         except TimeoutError as error:
-            late_s = asyncio.get_running_loop().time() - budget.when()
-            if pipe is None or late_s > LATE_S:
+            if budget.when() - asked < BUDGET_S / 2 or now() - budget.when() > LATE_S:
                 self._errors["busy"] += 1
             else:
                 self._saw(error, pipe)
@@ -197,8 +198,7 @@ class RedisDirectory:
         self._errors[kind] += 1
         if kind == "bug":
             log.error("a call of the directory failed", exc_info=error)
-        moving = isinstance(error, TryAgainError)  # a slot's keys are on two servers for a moment
-        if pipe is self._pipe and not moving:
+        if pipe is self._pipe and not isinstance(error, Moving):
             self._breaker.fail(sentence_of(error))
 
     async def _connect(self) -> str:
@@ -251,7 +251,10 @@ class RedisDirectory:
     async def _tell(self, pipe: Pipe, keys: Sequence[Key]) -> bool:
         marks = [["SET", mark, self._value, "XX", "PX", HINT_MS] for mark in self._marks]
         hints = [["SET", hint_key(key, self._place), self._value, "PX", HINT_MS] for key in keys]
-        replies = [_good(reply) for reply in await pipe.run(marks + hints)]
+        replies = await pipe.run(marks + hints)
+        for reply in replies:
+            if not isinstance(reply, Moving):  # one hint the less
+                _good(reply)
         if None in replies[: len(marks)]:  # what else was told is gone, too
             self._announcements.forget()
             for reply in await pipe.run([["SET", mark, self._value, "PX", HINT_MS] for mark in self._marks]):

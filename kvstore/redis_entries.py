@@ -61,10 +61,10 @@ def decode(value: object) -> Holder | None:
     boot_id, address = rest[1 : 1 + BOOT_ID_BYTES], rest[1 + BOOT_ID_BYTES :]
     if not address or rest[:1] != VERSION or xxhash.xxh3_64_digest(rest)[:CHECK_BYTES] != check:
         return None
-    try:
-        return Holder(address.decode(), boot_id)
-    except UnicodeDecodeError:
+    host, _, port = address.decode("ascii", "replace").rpartition(":")
+    if not host.isascii() or not host.isprintable() or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         return None
+    return Holder(address.decode(), boot_id)
 
 
 class Decoder:

@@ -26,6 +26,14 @@ MAX_TAGS = 4096  # tried to find one for each server of a cluster
 Command = Sequence[bytes | str]  # its second word is its key
 Reply = Any  # what Redis answered, or the error that it was
 
+
+class Moving(redis_errors.RedisError):
+    """A key whose slot is on its way from one node of a cluster to another one: no fault, and soon over."""
+
+
+MOVING = (redis_errors.AskError, redis_errors.TryAgainError)  # AskError: MovedError, too
+
+
 KINDS: tuple[tuple[type[Exception], str], ...] = (
     (ConfigError, "configuration"),
     (TimeoutError, "timeout"),
@@ -37,14 +45,25 @@ KINDS: tuple[tuple[type[Exception], str], ...] = (
     (redis_errors.OutOfMemoryError, "out_of_memory"),
     (redis_errors.BusyLoadingError, "loading"),
     (MasterNotFoundError, "sentinel"),
+    (Moving, "moving"),
     (redis_errors.RedisClusterException, "cluster"),
     (redis_errors.ClusterError, "cluster"),
     (redis_errors.AskError, "cluster"),  # MovedError is one
-    (redis_errors.TryAgainError, "cluster"),
     (redis_errors.ConnectionError, "connection"),
     (OSError, "connection"),
     (redis_errors.RedisError, "reply"),
 )
+
+
+WORDS = {
+    "timeout": "it did not answer in time",
+    "authentication": "it does not accept our user and password",
+    "permission": "our user may not do what the directory needs, which an ACL line gives him",
+    "read_only": "it is a replica, which nobody may write to",
+    "out_of_memory": "its memory is full, and it may not evict anything",
+    "loading": "it is loading its data",
+    "sentinel": "no sentinel that answers knows a master of that name that is up",
+}
 
 
 def kind_of(error: BaseException) -> str:
@@ -53,9 +72,13 @@ def kind_of(error: BaseException) -> str:
 
 
 def sentence_of(error: BaseException) -> str:
-    """What an error says, in one line and without the names of blocks."""
-    text = re.sub(rf"{KEY_PREFIX}\S+", "a key", " ".join(str(error).split()))[:200]
-    return text or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+    """What is wrong, in one line for people, without secrets and the names of blocks."""
+    if isinstance(error, redis_errors.AskError):
+        return "it is one node of a cluster that is elsewhere now, or its URL should begin with redis+cluster:"
+    if words := WORDS.get(kind_of(error)):
+        return words
+    text = re.sub(rf"{KEY_PREFIX}\S+", "a key", " ".join(str(error).split()))
+    return f"{kind_of(error)}: {text[:200] or type(error).__name__}"
 
 
 class Pipe(Protocol):
@@ -96,16 +119,25 @@ class ServerPipe:
 
 
 class ClusterPipe:
-    """A cluster. redis-py follows its redirections; a segment's keys share a slot."""
+    """A cluster. What has moved is asked for where it is now, in one more round trip; what is moving is `Moving`."""
 
     def __init__(self, cluster: RedisCluster):
         self._cluster = cluster
 
     async def run(self, commands: Sequence[Command]) -> list[Reply]:
+        replies = await self._run(commands)
+        moved = [i for i, reply in enumerate(replies) if isinstance(reply, redis_errors.MovedError)]
+        for i in moved:
+            await self._cluster.nodes_manager.move_slot(replies[i])
+        for i, reply in zip(moved, await self._run([commands[i] for i in moved]) if moved else (), strict=True):
+            replies[i] = reply
+        return [Moving(*one.args) if isinstance(one, MOVING) else one for one in replies]
+
+    async def _run(self, commands: Sequence[Command]) -> list[Reply]:
         pipeline = self._cluster.pipeline()
         for command in commands:  # that a node is given spares finding it by each of the keys
             pipeline.execute_command(*command, target_nodes=self._cluster.get_node_from_key(command[1]))
-        return await pipeline.execute(raise_on_error=False)
+        return await pipeline.execute(raise_on_error=False, allow_redirections=False)
 
     def tags(self) -> list[str]:
         found: dict[str, str] = {}

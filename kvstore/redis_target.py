@@ -16,8 +16,8 @@ EXAMPLES = (
 )
 KINDS = {"redis": 6379, "redis+cluster": 6379, "redis+sentinel": 26379, "unix": 0}  # by scheme, with the default port
 TLS = {"rediss": "redis", "rediss+cluster": "redis+cluster", "rediss+sentinel": "redis+sentinel"}
-# `select` for a database other than 0; `command`, `cluster|slots` and `asking` for a cluster.
-COMMANDS = "+mget +get +set +pexpire +select +command +cluster|slots +asking"
+# `select` is for a database other than 0, `command` and `cluster|slots` are for a cluster.
+COMMANDS = "+mget +get +set +pexpire +select +command +cluster|slots"
 KEY_PREFIX = "kvf:"
 
 

@@ -75,10 +75,13 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
-    def start(self) -> "RedisServer":
-        """Until it answers. Another process may have taken the port before us; only the first start may move."""
+    def start(self, *options: str, wait: bool = True) -> "RedisServer":
+        """Until it answers, or without waiting. `options`: lines of its configuration, for this once. Another process
+        may have taken the port before us: then it gets another one."""
         for _ in range(5):
-            self._run()
+            self._run(options)
+            if not wait:
+                return self
             try:
                 until(lambda: self.process.poll() is not None or self.ask("PING"))
             except AssertionError:
@@ -115,12 +118,12 @@ class RedisServer:
             self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _run(self) -> None:
+    def _run(self, options: tuple[str, ...]) -> None:
         lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self.folder}", f"logfile {self.folder}/log"]
         lines += ["protected-mode no", self._sentinel or f'save ""\nappendonly no\nunixsocket {self.socket}']
         config = self.folder / "redis.conf"
         if not (self._sentinel and config.exists()):  # a sentinel keeps what it knows there
-            config.write_text("\n".join([*lines, *self._options, ""]))
+            config.write_text("\n".join([*lines, *self._options, *options, ""]))
         command = [redis_binary(), str(config), *(["--sentinel"] if self._sentinel else [])]
         libc = ctypes.CDLL(None)
         self.process = subprocess.Popen(
@@ -155,6 +158,13 @@ class Sentinels:
         """As the first sentinel has it."""
         return self._state(self.sentinels[0])["port"]
 
+    def fail_over(self) -> bool:
+        """Ask for it; False if it cannot be now."""
+        try:
+            return self.sentinels[0].ask("SENTINEL", "FAILOVER", MASTER) == b"OK"
+        except redis.ResponseError:
+            return False
+
     def end(self) -> None:
         for server in self.servers:
             server.end()
@@ -183,13 +193,39 @@ class Cluster:
     def is_whole(self) -> bool:
         return all(self._is_ok(server) for server in self.servers)
 
-    def flush(self) -> None:
-        for server in self.servers:
-            server.flush()
+    def owner(self, key: str) -> RedisServer:
+        slot = self._slot(key)
+        for first, last, (_, port, *_), *_ in self.servers[0].ask("CLUSTER", "SLOTS"):
+            if first <= slot <= last:
+                return next(one for one in self.servers if one.port == port)
+        raise LookupError(f"nobody has slot {slot}")
+
+    def begin_move(self, key: str) -> RedisServer:
+        """Say that the slot of `key` goes to another server, which is returned, and move half of its keys."""
+        slot, source = self._slot(key), self.owner(key)
+        there = self.servers[(self.servers.index(source) + 1) % len(self.servers)]
+        there.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.ask("CLUSTER", "MYID"))
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", there.ask("CLUSTER", "MYID"))
+        keys = source.ask("CLUSTER", "GETKEYSINSLOT", slot, 1_000_000)
+        self._migrate(source, there, keys[::2])
+        return there
+
+    def end_move(self, key: str, there: RedisServer) -> None:
+        slot, source = self._slot(key), self.owner(key)
+        self._migrate(source, there, source.ask("CLUSTER", "GETKEYSINSLOT", slot, 1_000_000))
+        for server in (there, source, *self.servers):
+            server.ask("CLUSTER", "SETSLOT", slot, "NODE", there.ask("CLUSTER", "MYID"))
 
     def end(self) -> None:
         for server in self.servers:
             server.end()
+
+    def _slot(self, key: str) -> int:
+        return self.servers[0].ask("CLUSTER", "KEYSLOT", key)
+
+    @staticmethod
+    def _migrate(source: RedisServer, there: RedisServer, keys: list[bytes]) -> None:
+        source.ask("MIGRATE", "127.0.0.1", there.port, "", 0, 5000, "KEYS", *keys)
 
     def _is_ok(self, server: RedisServer) -> bool:
         info = server.client().execute_command("CLUSTER INFO")
