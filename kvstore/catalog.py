@@ -5,7 +5,7 @@ among candidates; this module sees to it that it knows exactly those.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -18,7 +18,8 @@ MAX_GHOSTS = 65536  # names that were here once, kept to tell why they are not
 
 
 class Committed(msgspec.Struct, eq=False):
-    """A block. `pins` counts the leases that hold it; `last_use` is in seconds on the index's clock.
+    """A block. `pins` counts the leases that hold it, `children` the committed blocks that continue it; `last_use` is
+    in seconds on the index's clock.
 
     A block that left the catalog while pinned (quarantined) stays an object that its leases may unpin.
     """
@@ -29,6 +30,7 @@ class Committed(msgspec.Struct, eq=False):
     located: Located
     last_use: float
     pins: int = 0
+    children: int = 0
     candidate: bool = False
 
     @property
@@ -43,7 +45,7 @@ class Catalog:
         self._table = table
         self._policy = policy
         self._blocks: dict[BlockName, Committed] = {}
-        self._children: dict[BlockName, int] = {}  # committed children by parent's name, whether that is here or not
+        self._orphans: dict[BlockName, int] = {}  # committed children of parents that are not here
         self._ghosts: OrderedDict[BlockName, MissReason] = OrderedDict()
         self._leaving: dict[int, Committed] = {}  # erased while leased, by slot
 
@@ -69,21 +71,33 @@ class Catalog:
         """A new block, whose slot the table has committed."""
         self._ghosts.pop(block.name, None)
         self._blocks[block.name] = block
-        self._children[block.parent] = self._children.get(block.parent, 0) + 1
+        block.children = self._orphans.pop(block.name, 0)
+        parent = self._blocks.get(block.parent)
+        if parent is None:
+            self._orphans[block.parent] = self._orphans.get(block.parent, 0) + 1
+        else:
+            block.parent = parent.name  # the same bytes: kept once
+            parent.children += 1
+            self._refresh(parent)
         self._refresh(block)
-        self._refresh(self._blocks.get(block.parent))
 
-    def pin(self, block: Committed, now: float) -> None:
-        block.pins += 1
-        block.last_use = now
-        self._refresh(block)
+    def pin(self, blocks: Iterable[Committed], now: float) -> None:
+        for block in blocks:
+            block.pins += 1
+            block.last_use = now
+            if block.candidate:
+                self._refresh(block)
 
-    def unpin(self, block: Committed) -> None:
-        block.pins -= 1
-        self._refresh(block)
-        if not block.pins and self._leaving.get(block.slot) is block:
-            del self._leaving[block.slot]
-            self._table.evict(block.slot)
+    def unpin(self, blocks: Iterable[Committed]) -> None:
+        for block in blocks:
+            block.pins -= 1
+            if block.pins or block.children:
+                continue
+            if self._leaving.get(block.slot) is block:
+                del self._leaving[block.slot]
+                self._table.evict(block.slot)
+            else:
+                self._refresh(block)
 
     def evict_for(self, tenant: str) -> bool:
         """Free one slot for `tenant`, if the policy finds a victim."""
@@ -130,29 +144,32 @@ class Catalog:
                 raise RuntimeError("a block is filed under another name or tenant")
             if block.pins != pins.get(id(block), 0):
                 raise RuntimeError(f"a block counts {block.pins} leases; {pins.get(id(block), 0)} hold it")
-        if children != self._children:
+        counted = {block.name: block.children for block in blocks.values() if block.children}
+        if children != counted | self._orphans or counted.keys() & self._orphans.keys():
             raise RuntimeError("children are miscounted")
-        if any(block.candidate != (not block.pins and block.name not in children) for block in blocks.values()):
+        if any(block.candidate != (not block.pins and not block.children) for block in blocks.values()):
             raise RuntimeError("a block that may not go is a candidate for eviction, or one that may is not")
         self._policy.check_integrity(block.name for block in blocks.values() if block.candidate)
 
     def _remove(self, block: Committed, reason: MissReason) -> None:
         del self._blocks[block.name]
+        if block.children:
+            self._orphans[block.name], block.children = block.children, 0
         self._refresh(block)
-        self._children[block.parent] -= 1
-        if not self._children[block.parent]:
-            del self._children[block.parent]
-        self._refresh(self._blocks.get(block.parent))
+        if (parent := self._blocks.get(block.parent)) is not None:
+            parent.children -= 1
+            self._refresh(parent)
+        elif self._orphans[block.parent] > 1:
+            self._orphans[block.parent] -= 1
+        else:
+            del self._orphans[block.parent]
         self._ghosts[block.name] = reason
         if len(self._ghosts) > MAX_GHOSTS:
             self._ghosts.popitem(last=False)
 
-    def _refresh(self, block: Committed | None) -> None:
+    def _refresh(self, block: Committed) -> None:
         """Tell the policy if this block became or ceased to be a candidate."""
-        if block is None:
-            return
-        here = self._blocks.get(block.name) is block
-        may_go = here and not block.pins and block.name not in self._children
+        may_go = not block.pins and not block.children and self._blocks.get(block.name) is block
         if may_go and not block.candidate:
             self._policy.add(block.name, block.tenant, block.last_use)
         elif block.candidate and not may_go:

@@ -7,6 +7,7 @@ leases and reservations lapse at once, for good. A lease pins committed blocks (
 a reservation) and holds the names reserved under it.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kvferry.common.clock import Clock
@@ -92,9 +93,12 @@ class Index:
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
-    def lookup(self, connection: int, names: Sequence[BlockName], *, lease: bool, again: bool = False) -> Match:
+    def lookup(
+        self, connection: int, names: Sequence[BlockName], *, lease: bool, again: bool = False, sent: bool = False
+    ) -> Match:
         """The leading committed names, and how many behind them are on their way. `lease=False` changes nothing: no
-        lease, no recency, no counter. `again`: these names have been counted as looked up."""
+        lease, no recency, no counter. `again`: these names have been counted as looked up. `sent`: it is for another
+        node, and counts as that alone."""
         self.tick()
         found = self._catalog.leading(names)
         blocks = tuple([block.located for block in found])
@@ -105,14 +109,17 @@ class Index:
             miss = MissReason.BEING_WRITTEN if first in self._pending else self._catalog.why_missing(first)
         if not lease:
             return Match(blocks, 0, 0, self._boot_id, miss)
-        self._counts["lookups"] += not again
-        self._counts["blocks_looked_up"] += 0 if again else len(names)
-        self._counts["blocks_found"] += len(found)
+        if sent:
+            self._counts["sent"] += len(found)
+        else:
+            self._counts["lookups"] += not again
+            self._counts["blocks_looked_up"] += 0 if again else len(names)
+            self._counts["blocks_found"] += len(found)
         if not found:
             return Match((), coming, 0, self._boot_id, miss)
         number, held = self._new_lease(connection)
-        for block in found:
-            self._pin(held, block)
+        self._catalog.pin(found, self._clock.now())
+        held.pinned = found
         return Match(blocks, coming, number, self._boot_id, miss)
 
     def being_computed(self, names: Sequence[BlockName]) -> BlockName | None:
@@ -162,7 +169,8 @@ class Index:
             if name == parent:
                 raise ProtocolError("a block cannot be its own parent")
             if (block := self._catalog.get(name)) is not None:
-                self._pin(lease, block)
+                self._catalog.pin((block,), self._clock.now())
+                lease.pinned.append(block)
                 claims.append(Claim.PRESENT)
             elif name in self._pending:
                 claims.append(Claim.TAKEN)
@@ -227,15 +235,18 @@ class Index:
         self.changes += 1
         return tuple([self._commit_one(connection, lease, block) for block in blocks])
 
-    def abort(self, connection: int, slots: Sequence[int]) -> None:
-        """The owner no longer writes to these slots. Raises ProtocolError at one that it was not granted."""
+    def abort(self, connection: int, slots: Sequence[int], *, keep: bool = False) -> None:
+        """The owner no longer writes to these slots. With `keep` their names stay reserved. Raises ProtocolError at a
+        slot that it was not granted."""
         self.tick()
         self.changes += 1
         for slot in slots:
             writing = self._writing_of(connection, slot)
             pending = self._pending.get(writing.name)
             if pending is not None and pending.writing is writing:
-                self._withdraw(pending)
+                pending.writing = None
+                if not keep:
+                    self._withdraw(pending)
             self._table.abort(writing)
             self._connections[connection].writing -= 1
 
@@ -273,9 +284,7 @@ class Index:
     def stats(self) -> StoreStats:
         self.tick()
         table = self._table
-        by_tenant: dict[str, int] = {}
-        for tenant in table.committed.values():
-            by_tenant[tenant] = by_tenant.get(tenant, 0) + 1
+        by_tenant = table.held - Counter(writing.tenant for writing in table.writing.values())
         return StoreStats(
             boot_id=self._boot_id,
             block_bytes=self._block_bytes,
@@ -287,7 +296,7 @@ class Index:
             reserved=sum(pending.writing is None for pending in self._pending.values()),
             leases=sum(len(connection.leases) for connection in self._connections.values()),
             connections=len(self._connections),
-            committed_by_tenant=by_tenant,
+            committed_by_tenant=dict(by_tenant),
             **self._counts,
         )
 
@@ -324,10 +333,6 @@ class Index:
         lease = owner.leases[self._serial] = Lease(owner)
         return self._serial, lease
 
-    def _pin(self, lease: Lease, block: Committed) -> None:
-        self._catalog.pin(block, self._clock.now())
-        lease.pinned.append(block)
-
     def _lapse(self, connection: Connection) -> None:
         leases, connection.leases = connection.leases, {}
         for lease in leases.values():
@@ -337,8 +342,7 @@ class Index:
     def _drop(self, lease: Lease) -> None:
         """Give back what a lease holds that its connection no longer lists."""
         self.changes += 1
-        for block in lease.pinned:
-            self._catalog.unpin(block)
+        self._catalog.unpin(lease.pinned)
         for pending in list(lease.pending.values()):
             self._withdraw(pending)
 
@@ -376,13 +380,12 @@ class Index:
             self._withdraw(pending)
             self._table.commit(writing)
             owner.writing -= 1
-            now = self._clock.now()
             located = Located(block.slot, block.salt, block.proofs)
-            entry = Committed(block.name, block.parent, writing.tenant, located, now)
+            entry = Committed(block.name, block.parent, writing.tenant, located, self._clock.now(), pins=1)
             self._catalog.add(entry)
-            self._pin(pending.lease, entry)
+            pending.lease.pinned.append(entry)
             self._fresh.append(Key(pending.anchor, block.name))
-            self._counts["published"] += 1
+            self._counts["brought" if owner.bringing else "published"] += 1
             return CommitOutcome.COMMITTED
         self._table.abort(writing)
         owner.writing -= 1
