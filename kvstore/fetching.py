@@ -125,6 +125,8 @@ class Fetcher:
     async def _lane(self, span: Span, part: list[int], lease: int, address: str, deadline: float) -> list[int]:
         """Fetch by one connection; what did not come."""
         for fresh in (False, True):
+            if not part:
+                break
             try:
                 inflow = await self._peers.inflow(address, fresh)
             except Unreachable as error:
@@ -163,7 +165,6 @@ class Fetcher:
             raise ProtocolError("it sends plain blocks, and this store takes only sealed ones")
         _, slots = index.grant(self._connection, lease, names[: len(sent)])
         taken = next((n for n, slot in enumerate(slots) if slot is None), len(slots))
-        index.abort(self._connection, [slot for slot in slots[taken:] if slot is not None])
         parents = [span.names[i - 1] if i else span.parent for i in part]
         written = [
             Written(name, parent, slot, block.salt, block.proofs)
@@ -204,5 +205,5 @@ class Fetcher:
                     await asyncio.wait([receiving])
                     raise
         finally:
-            index.abort(self._connection, [block.slot for block in written[done:]])
+            index.abort(self._connection, [block.slot for block in written[done:]], keep=True)
             self._changed()

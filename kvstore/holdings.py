@@ -8,6 +8,8 @@ from kvferry.kvstore.slots import Writing
 
 COUNTERS = (
     "published",
+    "brought",
+    "sent",
     "already_there",
     "publish_dropped",
     "late_commits",

@@ -119,7 +119,7 @@ class Sender:
                 "or layout differ; such stores cannot be of one cluster"
             )
             await peering.refuse(peer, problem)
-        match = self._index.lookup(connection, fetch.names, lease=True, again=True)
+        match = self._index.lookup(connection, fetch.names, lease=True, sent=True)
         try:
             headers = tuple([Sent(block.salt, block.proofs) for block in match.blocks])
             await asyncio.get_running_loop().sock_sendall(peer, peering.frame(Sending(headers)))
