@@ -388,7 +388,7 @@ def test_a_caller_that_gets_a_size_wrong_hears_it(ground):
 def test_one_node_a_socket(ground):
     node = ground.node()
     assert stat.S_IMODE(os.stat(node.socket).st_mode) == 0o600
-    second = type(node)(node.socket, 2**20, 10.0, 16)
+    second = type(node)(node.socket, size_bytes=2**20)
     with pytest.raises(RuntimeError, match="ended with 1"):
         second.start()
     assert node.process.poll() is None
