@@ -3,7 +3,6 @@ the dataclasses that hold the values (`setting` in common/values.py): adding a f
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from kvferry.common.config import (
     WorkerConfig,
 )
 from kvferry.common.errors import ConfigError
-from kvferry.common.values import key_of, parse_count, parse_number, parse_size, size_text
+from kvferry.common.values import key_of, nearest_of, parse_count, parse_number, parse_size, size_text
 from kvferry.router.limits import Limits
 
 SECTIONS: Mapping[str, type] = MappingProxyType(
@@ -160,5 +159,5 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """A question for who mistyped a name; empty when nothing is near."""
     last = name.rpartition(".")[2]
     elsewhere = [one for one in known if "." in name and one.rpartition(".")[2] == last]
-    close = elsewhere or get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = elsewhere[0] if elsewhere else nearest_of(name, known)
+    return f"; did you mean {close}?" if close else ""

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
@@ -60,6 +61,34 @@ def setting(help: str, default: Any = MISSING, **more: Any) -> Any:
     `unset`: what it means that there is no value.
     """
     return field(default=default, metadata={"help": help, **more})
+
+
+def nearest_of(name: str, known: Sequence[str]) -> str | None:
+    """Which of the known names somebody meant who wrote `name`, if any is close: up to a quarter of its letters may be
+    wrong, missing, too many or swapped with the next (optimal string alignment), and one always. Case, dashes for
+    underscores, and what all of them begin with do not count."""
+    plain = [one.lower().replace("-", "_") for one in (name, *known)]
+    shared = next((i for i, letters in enumerate(zip(*plain, strict=False)) if len({*letters}) > 1), 0)
+    written, *others = (one[shared:] for one in plain)
+    most = max(1, len(written) // 4)
+    close = {one: distance(written, other) for one, other in zip(known, others, strict=True)
+             if abs(len(written) - len(other)) <= most}  # fmt: skip
+    nearest = min(close, key=close.__getitem__, default=None)
+    return nearest if nearest is not None and close[nearest] <= most else None
+
+
+def distance(one: str, other: str) -> int:
+    """Letters to change, add, leave out or swap with the next to make one of the other."""
+    before: list[int] = []
+    last = list(range(len(other) + 1))
+    for i, letter in enumerate(one, start=1):
+        row = [i]
+        for j, wanted in enumerate(other, start=1):
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != wanted)))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]
 
 
 def key_of(field: Field) -> str:

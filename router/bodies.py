@@ -4,6 +4,7 @@ What is in a Struct is supported. What is in a table of neutral fields is not, b
 is passes; any other is a 400. Everything else is unknown, a 400 too.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -144,6 +145,21 @@ NEUTRAL_CHAT = NEUTRAL_COMMON | {
     "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (), "chat_template": (),
     "documents": ([],), "media_io_kwargs": ({},), "moderation": (), "prompt_cache_options": (ANYTHING,),
 }  # fmt: skip
+NO_TOOLS = "tools are not supported: describe them in a message, and read the call from the answer's text"
+HINTS = dict.fromkeys(("tools", "tool_choice", "functions", "function_call"), NO_TOOLS) | {
+    "response_format": "say in a message which form the answer shall have",
+    "chat_template": "the chat template is that of the model's folder, and chat_template_kwargs are its variables",
+}
+
+
+def elsewhere(path: str, here: type, neutral_here: Mapping[str, Any], there: type) -> dict[str, str]:
+    """Hints for the fields that are of another route's body only."""
+    only = set(there.__struct_fields__) - {*here.__struct_fields__, *neutral_here}
+    return {name: f"{path} has it" for name in only}
+
+
+HINTS_COMPLETION = elsewhere("/v1/chat/completions", CompletionBody, NEUTRAL_COMPLETION, ChatBody) | HINTS
+HINTS_CHAT = elsewhere("/v1/completions", ChatBody, NEUTRAL_CHAT, CompletionBody) | HINTS
 NEUTRAL_TOKENIZE: dict[str, tuple[Any, ...]] = {"tools": ([],), "chat_template": ()}
 NEUTRAL_STREAM: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {

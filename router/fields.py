@@ -1,29 +1,30 @@
 """A JSON body into a Struct, field by field: what is unknown, neutral or wrong, each said in one sentence.
 
 Every refusal is an `InvalidRequest` that names the field in `param` and repeats no text of the client's other than
-field names.
+field names, and the word that was sent where one of a few is expected.
 """
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import cache
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from kvferry.common.errors import InvalidRequest
-from kvferry.common.values import counted
+from kvferry.common.values import counted, nearest_of
 from kvferry.router.limits import Limits
-from kvferry.router.values import shown
+from kvferry.router.values import shown, shown_word
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 MAX_NAME_SHOWN = 64
 SCANNED = 2**18  # bytes of a body that are looked at in one go
 ANYTHING = object()  # in a table of neutral values: any value is
+NO_HINTS: Mapping[str, str] = MappingProxyType({})
 
 
 def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -96,21 +97,39 @@ def to_struct(fields: dict[str, Any], body: type[Body]) -> Body:
 
 
 def without_neutral(
-    raw: dict[str, Any], body: type, neutral: Mapping[str, tuple[Any, ...]], path: str = "", lenient: bool = False
+    raw: dict[str, Any],
+    body: type,
+    neutral: Mapping[str, tuple[Any, ...]],
+    path: str = "",
+    lenient: bool = False,
+    hints: Mapping[str, str] = NO_HINTS,
 ) -> dict[str, Any]:
     """The supported fields of `raw`. Raises for a field that is unknown, or not neutral and not supported; `lenient`
-    leaves unknown ones to whoever finds the real fault."""
+    leaves unknown ones to whoever finds the real fault. `hints`: what to do instead of sending a field."""
     supported = {}
     for name, value in raw.items():
         if name in body.__struct_fields__:
             supported[name] = value
         elif name not in neutral:
             if not lenient:
-                raise _unknown(name, path, [*body.__struct_fields__, *neutral])
+                raise _unknown(name, path, [*body.__struct_fields__, *neutral], hints)
         elif not _is_neutral(value, neutral[name]):
-            only = f" or send {msgspec.json.encode(neutral[name][0]).decode()}" if neutral[name] else ""
-            raise InvalidRequest(f"{path}{name} is not supported yet; leave it out{only}", path + name)
+            raise _unsupported(name, value, path, neutral[name], hints)
     return supported
+
+
+def _unsupported(
+    name: str, value: Any, path: str, accepted: tuple[Any, ...], hints: Mapping[str, str]
+) -> InvalidRequest:
+    told = f"{path}{name} is not supported yet; leave it out"
+    if accepted:
+        told += f" or send {msgspec.json.encode(accepted[0]).decode()}"
+        if isinstance(accepted[0], str) and accepted[0]:
+            told += f", not {shown_word(value)}"
+        elif isinstance(accepted[0], dict) and isinstance(value, dict) and isinstance(value.get("type"), str):
+            told += f", not one of type {shown_word(value['type'])}"
+    hint = f"; {hints[name]}" if name in hints else ""
+    return InvalidRequest(told + hint, path + name)
 
 
 def _is_neutral(value: Any, accepted: tuple[Any, ...]) -> bool:
@@ -119,10 +138,10 @@ def _is_neutral(value: Any, accepted: tuple[Any, ...]) -> bool:
     )
 
 
-def _unknown(name: str, path: str, known: list[str]) -> InvalidRequest:
+def _unknown(name: str, path: str, known: list[str], hints: Mapping[str, str]) -> InvalidRequest:
     shown = name if len(name) <= MAX_NAME_SHOWN else name[:MAX_NAME_SHOWN] + "..."
-    near = get_close_matches(name[:MAX_NAME_SHOWN], known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = nearest_of(name, known) if len(name) <= MAX_NAME_SHOWN else None
+    hint = f"; {hints[name]}" if name in hints else f"; did you mean {near}?" if near else ""
     return InvalidRequest(f"{path + shown!r} is not a field of this request{hint}", path + shown)
 
 
@@ -136,30 +155,44 @@ def _refusal(error: msgspec.ValidationError, raw: dict[str, Any], body: type) ->
     value: Any = raw
     for step in re.findall(r"\w+", path):
         value = value[int(step)] if isinstance(value, list) else value[step]
-    return InvalidRequest(f"{path} must be {_expected(body, path)}, not {shown(value)}", path)
+    told = shown_word(value) if _describe(body, path).words else shown(value)
+    return InvalidRequest(f"{path} must be {_expected(body, path)}, not {told}", path)
+
+
+class Described(NamedTuple):
+    """A field: what it must be, the Struct inside if there is one, and whether it takes one of a few words."""
+
+    sentence: str = ""
+    inner: type | None = None
+    words: bool = False
+
+
+def _describe(body: type, path: str) -> Described:
+    """The nearest description on the way to a field."""
+    found = Described("what the API describes")
+    for name in re.findall(r"[A-Za-z_]+", path):
+        found = _descriptions(body)[name]
+        body = found.inner or body
+    return found
 
 
 def _expected(body: type, path: str) -> str:
-    """The nearest description on the way to a field."""
-    found = "what the API describes"
-    for name in re.findall(r"[A-Za-z_]+", path):
-        found, inner = _descriptions(body)[name]
-        body = inner or body
-    return "an object" if path.endswith("]") else found
+    return "an object" if path.endswith("]") else _describe(body, path).sentence
 
 
 @cache
-def _descriptions(body: type) -> dict[str, tuple[str, type | None]]:
-    """For each field its description, and the Struct inside if there is one."""
+def _descriptions(body: type) -> dict[str, Described]:
+    """For each field."""
 
-    def walk(hint: Any) -> tuple[str, type | None]:
-        described, inner = "", hint if isinstance(hint, type) and issubclass(hint, msgspec.Struct) else None
-        for part in get_args(hint):
+    def walk(hint: Any) -> Described:
+        described, words = "", get_origin(hint) is Literal
+        inner = hint if isinstance(hint, type) and issubclass(hint, msgspec.Struct) else None
+        for part in () if words else get_args(hint):
             if isinstance(part, Meta):
                 described = part.description or described
             else:
-                deeper, struct = walk(part)
-                described, inner = described or deeper, inner or struct
-        return described, inner
+                deeper = walk(part)
+                described, inner, words = described or deeper.sentence, inner or deeper.inner, words or deeper.words
+        return Described(described, inner, words)
 
     return {name: walk(hint) for name, hint in get_type_hints(body, include_extras=True).items()}

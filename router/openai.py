@@ -1,7 +1,8 @@
 """What a client may ask for: bodies of `/v1/completions` and `/v1/chat/completions`, made into one `GenerationRequest`.
 
 A request is never quietly served as another one. Every refusal is an `InvalidRequest` of one sentence that names the
-field in `param` and repeats no text of the client's other than field names.
+field in `param` and repeats no text of the client's other than field names, and the word that was sent where one of a
+few is expected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from kvferry.common.errors import InvalidRequest
 from kvferry.common.values import counted
 from kvferry.router import values
 from kvferry.router.bodies import (
+    HINTS_CHAT,
+    HINTS_COMPLETION,
     NEUTRAL_CHAT,
     NEUTRAL_COMPLETION,
     NEUTRAL_MESSAGE,
@@ -27,7 +30,7 @@ from kvferry.router.bodies import (
     TextPart,
 )
 from kvferry.router.defaults import NO_DEFAULTS, SamplingDefaults
-from kvferry.router.fields import Body, parse_json, to_struct, without_neutral
+from kvferry.router.fields import NO_HINTS, Body, parse_json, to_struct, without_neutral
 from kvferry.router.limits import DEFAULT_LIMITS, Limits
 
 Kind = Literal["completion", "chat"]
@@ -122,7 +125,7 @@ def parse_request(kind: Kind, body: bytes, limits: Limits = DEFAULT_LIMITS) -> G
     raw = parse_json(body, limits)
     own: dict[str, Any]
     if kind == "completion":
-        asked = convert(raw, CompletionBody, NEUTRAL_COMPLETION, limits)
+        asked = convert(raw, CompletionBody, NEUTRAL_COMPLETION, limits, HINTS_COMPLETION)
         own = {
             "prompts": values.prompts(asked.prompt, limits),
             "special_tokens": asked.add_special_tokens is not False,
@@ -131,7 +134,7 @@ def parse_request(kind: Kind, body: bytes, limits: Limits = DEFAULT_LIMITS) -> G
             "echo": bool(asked.echo),
         }
     else:
-        asked = convert(raw, ChatBody, NEUTRAL_CHAT, limits)
+        asked = convert(raw, ChatBody, NEUTRAL_CHAT, limits, HINTS_CHAT)
         own = {
             "prompts": (conversation(asked),),
             "special_tokens": bool(asked.add_special_tokens),
@@ -267,9 +270,15 @@ def _said(part: TextPart, path: str) -> str:
     return getattr(part, part.type)
 
 
-def convert(raw: dict[str, Any], body: type[Body], neutral: Mapping[str, tuple[Any, ...]], limits: Limits) -> Body:
+def convert(
+    raw: dict[str, Any],
+    body: type[Body],
+    neutral: Mapping[str, tuple[Any, ...]],
+    limits: Limits,
+    hints: Mapping[str, str] = NO_HINTS,
+) -> Body:
     """A body's fields, those inside of messages and options too. Raises InvalidRequest."""
-    fields = without_neutral(raw, body, neutral)
+    fields = without_neutral(raw, body, neutral, hints=hints)
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = without_neutral(options, StreamOptions, NEUTRAL_STREAM, "stream_options.")
     if isinstance(messages := fields.get("messages"), list):

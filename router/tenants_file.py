@@ -43,7 +43,6 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 
 import msgspec
@@ -51,6 +50,7 @@ import msgspec
 from kvferry.common.errors import ConfigError
 from kvferry.common.hashing import KEY_BYTES, TENANT_SALT_BYTES, length_prefixed
 from kvferry.common.sampling import WEIGHTS
+from kvferry.common.values import nearest_of
 from kvferry.router.quota import TenantLimits
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -252,8 +252,8 @@ def _faults(file: TenantsFile) -> Iterator[str]:
 def _faults_of_limits(where: str, limits: LimitsTable) -> Iterator[str]:
     for name, value in limits.items():
         if name not in LIMITS:
-            near = get_close_matches(name, LIMITS, 1)
-            yield f"{where} has {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(LIMITS)}")
+            near = nearest_of(name, LIMITS)
+            yield f"{where} has {name!r}; " + (f"did you mean {near}?" if near else f"there are {', '.join(LIMITS)}")
         elif name == "weight":
             least, most = WEIGHTS
             if isinstance(value, str) or not least <= value <= most:

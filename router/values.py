@@ -1,5 +1,5 @@
 """What the fields of a request may be. A value of another kind is refused in one sentence, "FIELD must be ...", that
-repeats no text of the client's.
+repeats no text of the client's but a word where one of a few is expected.
 
 A `description` completes that sentence. What the limits bound is Any here: its sentence and its JSON schema are in
 `rules`, and a function below checks it.
@@ -20,6 +20,7 @@ from kvferry.router.limits import Limits
 MAX_SALT_CHARS = 256
 TEXT = {"type": "string"}
 TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
+WORD = re.compile("[A-Za-z0-9_.-]{1,32}")
 MAX_TOKEN_ID = 2**32 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PROMPTS = "a string, a list of token ids, or a list of several prompts that are all one or all the other"
@@ -232,3 +233,8 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return "a number of more than 64 bits"
     return msgspec.json.encode(value).decode()
+
+
+def shown_word(value: Any) -> str:
+    """A value in an error about a field that takes one of a few words: one that could be such a word is repeated."""
+    return f'"{value}"' if isinstance(value, str) and WORD.fullmatch(value) else shown(value)

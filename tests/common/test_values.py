@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.values import parse_count, parse_number, parse_size, size_text
+from kvferry.common.values import counted, distance, nearest_of, parse_count, parse_number, parse_size, size_text
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,50 @@ def test_numbers(text, number):
 def test_what_is_not_a_number(text):
     with pytest.raises(ConfigError, match="is not a number"):
         parse_number(text)
+
+
+def test_counted():
+    assert [counted(number, "block") for number in (0, 1, 2)] == ["0 blocks", "1 block", "2 blocks"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "far"),
+    [("", "", 0), ("", "abc", 3), ("abc", "abc", 0), ("prot", "port", 1), ("kitten", "sitting", 3), ("ca", "abc", 3),
+     ("abcd", "acbd", 1), ("abc", "ab", 1)],
+)  # fmt: skip
+def test_distance(one, other, far):
+    assert distance(one, other) == distance(other, one) == far
+
+
+FLAGS = ("--max-model-len", "--max-num-seqs", "--max-n", "--host", "--port", "--dtype", "--device", "--decode")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("--max-model-length", "--max-model-len"),
+        ("--max_model_len", "--max-model-len"),
+        ("--max-num-seq", "--max-num-seqs"),
+        ("--prot", "--port"),
+        ("--ports", "--port"),
+        ("--DTYPE", "--dtype"),
+        ("--devices", "--device"),
+        ("--max-m", "--max-n"),
+        ("--most", "--host"),
+        ("--mast", None),
+        ("--model", None),
+        ("--max-log-len", None),
+        ("--zzz", None),
+        ("--p", None),
+        ("--", None),
+    ],
+)
+def test_the_name_that_was_meant(written, meant):
+    assert nearest_of(written, FLAGS) == meant
+
+
+def test_what_all_names_begin_with_brings_nobody_near():
+    known = [f"KVFERRY_ROUTER_{name}" for name in ("HOST", "PORT", "ADMIN_PORT")]
+    assert nearest_of("KVFERRY_ROUTER_PROT", known) == "KVFERRY_ROUTER_PORT"
+    assert nearest_of("KVFERRY_ROUTER_NAME", known) is None
+    assert nearest_of("anything", []) is None

@@ -603,12 +603,68 @@ def test_what_would_change_the_answer_is_refused(kind, name, value):
     assert str(error).startswith(f"{name} is not supported yet; leave it out")
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "says"),
+    [
+        ("chat", {"service_tier": "flex"}, 'is not supported yet; leave it out or send "auto", not "flex"'),
+        ("completion", {"truncation_side": "up"}, 'leave it out or send "left", not "up"'),
+        ("chat", {"tool_choice": "required"}, 'leave it out or send "none", not "required"; tools are not supported: '),
+        ("chat", {"response_format": {"type": "json_object"}}, '{"type":"text"}, not one of type "json_object"; say'),
+        ("chat", {"messages": [{"role": "robot", "content": "x"}]},
+         'messages[0].role must be one of system, developer, user, assistant, tool, function, not "robot"'),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+         'must be text or refusal, the only parts supported yet, not "image_url"'),
+        ("chat", {"messages": [{"role": 3, "content": "x"}]}, "tool, function, not 3"),
+    ],
+)  # fmt: skip
+def test_the_word_that_was_sent_where_one_of_a_few_is_expected_is_told(kind, fields, says):
+    assert says in str(refusal(kind, **fields))
+
+
+@pytest.mark.parametrize("text", ["a secret of two words", "s" * 33, "{}", ""])
+def test_what_could_be_no_such_word_is_not_repeated(text):
+    for fields in (
+        {"service_tier": text},
+        {"response_format": {"type": text}},
+        {"messages": [{"role": text, "content": "x"}]},
+    ):
+        told = str(refusal("chat", **fields))
+        assert f"a string of {len(text)} character" in told
+        assert not text or text not in told.replace('{"type":"text"}', "")
+    assert "chatty" not in str(refusal("chat", temperature="chatty")), "it is no word that is expected there"
+
+
+def test_tools_are_refused_with_what_to_do():
+    advice = "tools are not supported: describe them in a message, and read the call from the answer's text"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert str(refusal("chat", tools=tools)) == f"tools is not supported yet; leave it out or send []; {advice}"
+    assert str(refusal("completion", tools=tools)) == f"'tools' is not a field of this request; {advice}"
+    assert refusal("completion", tools=tools).param == "tools"
+
+
+def test_a_field_of_the_other_route_is_told_so():
+    assert (
+        str(refusal("completion", messages=[]))
+        == "'messages' is not a field of this request; /v1/chat/completions has it"
+    )
+    assert str(refusal("chat", prompt="x")) == "'prompt' is not a field of this request; /v1/completions has it"
+
+
 def test_unknown_fields_are_refused_with_the_nearest():
     assert refusal("completion", temprature=None).param == "temprature"
     error = refusal("completion", temprature=1)
     assert error.param == "temprature"
     assert "did you mean temperature?" in str(error)
-    assert "did you mean" not in str(refusal("completion", zzzzzz=1))
+    for odd in ("zzzzzz", "stop_words", "model_name", "max_length", "best", "prompts_file", "logit"):
+        assert "did you mean" not in str(refusal("completion", **{odd: 1})), odd
+    for near, meant in {
+        "maxTokens": "max_tokens",
+        "top-p": "top_p",
+        "topP": "top_p",
+        "seeds": "seed",
+        "setop": "stop",
+    }.items():
+        assert f"did you mean {meant}?" in str(refusal("completion", **{near: 1}))
     assert len(str(refusal("completion", **{"y" * 10_000: 1}))) < 200
     assert refusal("completion", messages=[]).param == "messages"
     assert refusal("chat", prompt="x").param == "prompt"

@@ -158,8 +158,8 @@ def test_a_file_that_others_can_reach_is_refused(two, mode):
         ),
         (
             r'\[tenants."bolt',
-            '[tenants."acme".limits]\nwait = 1\n[tenants."bolt',
-            "the limits of acme has 'wait'; did you mean weight",
+            '[tenants."acme".limits]\nweigth = 1\n[tenants."bolt',
+            "the limits of acme has 'weigth'; did you mean weight",
         ),
         (r"\ncreated = .*Z|\ncreated = .*", "\nexpires = 2027-01-01T00:00:00", "expires of key .* has no time zone"),
         (r"\ncreated = .*", '\ncreated = "now"', "Invalid|Expected"),
