@@ -30,7 +30,7 @@ def init(folder: Folder, days: Days = 365, ca_days: CaDays = 3650) -> None:
         trust = make(folder, datetime.now(UTC), timedelta(days=days), timedelta(days=ca_days))
     print(f"{folder} has a CA, valid until {day(trust.issuing)}, and certificates.")
     tell_where_files_go(folder)
-    print(f"  {'store':<8} {STORE_SECRET}")
+    print(f"  {'store':<8} {STORE_SECRET}, for --peer-secret-file")
 
 
 @app.command(epilog="Example: kvferry certs rotate /etc/kvferry/certs --days 90")

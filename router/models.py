@@ -156,7 +156,7 @@ class Models:
             for number, node in enumerate(nodes, start=1):
                 which = f"{node.role} node {number} of {len(nodes)}"
                 if not node.ready:
-                    yield f"{which} is not ready{node.problem and f': {node.problem}'}"
+                    yield f"{which} is not ready" + (f": {node.problem}" if node.problem else "")
                 elif node.role == "decode" and not self.can_be_served(node):
                     yield f"the tokenizer of {node.model.name}, which {which} runs, is not loaded"
         served = {name for name, _, _ in self.up()}
