@@ -17,7 +17,7 @@ from kvferry.kvstore.slots import SlotTable
 MAX_GHOSTS = 65536  # names that were here once, kept to tell why they are not
 
 
-class Committed(msgspec.Struct, eq=False):
+class Committed(msgspec.Struct, eq=False, gc=False):
     """A block. `pins` counts the leases that hold it, `children` the committed blocks that continue it; `last_use` is
     in seconds on the index's clock.
 

@@ -380,7 +380,7 @@ class Index:
             self._withdraw(pending)
             self._table.commit(writing)
             owner.writing -= 1
-            located = Located(block.slot, block.salt, block.proofs)
+            located = Located(writing.slot, block.salt, block.proofs)
             entry = Committed(block.name, block.parent, writing.tenant, located, self._clock.now(), pins=1)
             self._catalog.add(entry)
             pending.lease.pinned.append(entry)
