@@ -215,10 +215,19 @@ class Cluster:
         self._migrate(source, there, source.ask("CLUSTER", "GETKEYSINSLOT", slot, 1_000_000))
         for server in (there, source, *self.servers):
             server.ask("CLUSTER", "SETSLOT", slot, "NODE", there.ask("CLUSTER", "MYID"))
+        until(self._is_of_one_mind)  # or the next move may undo this one
 
     def end(self) -> None:
         for server in self.servers:
             server.end()
+
+    def _is_of_one_mind(self) -> bool:
+        """Whether all say the same of who has which slots, since which epoch."""
+        views = set()
+        for server in self.servers:
+            nodes = [line.split() for line in server.ask("CLUSTER", "NODES").decode().splitlines()]
+            views.add(str(sorted((node[0], node[6], node[8:]) for node in nodes)))
+        return len(views) == 1
 
     def _slot(self, key: str) -> int:
         return self.servers[0].ask("CLUSTER", "KEYSLOT", key)

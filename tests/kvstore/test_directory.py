@@ -11,12 +11,19 @@ from redis.exceptions import AuthenticationError, NoPermissionError
 from redis_server import Cluster, RedisServer, Sentinels
 
 from kvferry.common.clock import ManualClock
+from kvferry.kvstore import redis_directory
 from kvferry.kvstore.directory import Holder, LocalDirectory, LocalTable
 from kvferry.kvstore.redis_target import redis_acl
 
 PASSWORD = "correct horse"
 REMOTE = ["redis", "unix", "user", pytest.param("cluster", marks=pytest.mark.long)]
 REMOTE += [pytest.param("cluster_user", marks=pytest.mark.long), pytest.param("sentinel", marks=pytest.mark.long)]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """What is answered is not a matter of how fast this machine is at the moment."""
+    monkeypatch.setattr(redis_directory, "BUDGET_S", 5.0)
 
 
 @pytest.fixture(scope="module")

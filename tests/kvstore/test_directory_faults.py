@@ -13,6 +13,7 @@ from directory_world import boot_of, holders_at, keys_of, said_all, until
 from redis_proxy import Proxy
 from redis_server import Cluster, RedisServer, Sentinels
 
+from kvferry.kvstore import redis_directory
 from kvferry.kvstore.directory import HINT_S, Holder
 from kvferry.kvstore.redis_directory import BUDGET_S, RedisDirectory
 from kvferry.kvstore.redis_entries import claim_key, encode, hint_key
@@ -31,6 +32,12 @@ def server():
     server = RedisServer().start()
     yield server
     server.end()
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    """For what must not fail on a machine that is slow at the moment."""
+    monkeypatch.setattr(redis_directory, "BUDGET_S", 5.0)
 
 
 @pytest.fixture
@@ -104,7 +111,7 @@ def test_redis_is_killed_and_restarted(server, lines):
     async def story():
         async with Story(server.url) as at:
             await at.told()
-            assert await at.finds()
+            await until(at.finds)
             for restart in range(1, 3):
                 server.kill()
                 await at.misses()
@@ -137,7 +144,7 @@ def test_redis_is_not_there_at_the_start(server, lines):
     play(story())
 
 
-def test_redis_is_flushed(server):
+def test_redis_is_flushed(server, patience):
     async def story():
         async with Story(server.url) as at:
             await at.told()
@@ -294,7 +301,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD.keys())
-def test_bad_values_are_passed_over(server, value):
+def test_bad_values_are_passed_over(server, value, patience):
     async def story():
         async with Story(server.url) as at:
             await at.told()
@@ -326,7 +333,7 @@ def test_a_huge_value_costs_no_more_than_the_budget(server):
     play(story())
 
 
-def test_keys_of_another_type_are_bad_values(server):
+def test_keys_of_another_type_are_bad_values(server, patience):
     async def story():
         async with Story(server.url) as at:
             await at.told()
@@ -487,12 +494,12 @@ def test_a_call_that_is_cut_off_takes_its_connection_along(server):
     play(story())
 
 
-def test_cancelled_callers_cost_no_connection(server):
+def test_cancelled_callers_cost_no_connection(server, patience):
     async def story():
         proxy, url = await proxied(server)
         async with Story(url) as at:
             await at.told()
-            assert await at.finds()
+            await until(at.finds)
             proxy.delay = lambda: 0.005
             before = proxy.connections
             for _ in range(30):
@@ -501,7 +508,7 @@ def test_cancelled_callers_cost_no_connection(server):
                 asking.cancel()
                 await asyncio.gather(asking, return_exceptions=True)
                 assert asking.cancelled()
-                assert await at.finds()
+                await until(at.finds)
             assert proxy.connections - before <= 2, "there were up to three calls at once"
             assert at.reader.stats().opened == 0
         await proxy.end()
@@ -519,7 +526,7 @@ def test_a_process_that_is_late_does_not_blame_redis(server):
             time.sleep(0.2)  # noqa: ASYNC251  the loop stands still
             assert await asking in ([()] * len(KEYS), [(A,)] * len(KEYS))
             assert at.reader.stats().opened == 0
-            assert await at.finds()
+            await until(at.finds)
 
     play(story())
 
@@ -539,7 +546,7 @@ def test_more_callers_than_connections(server):
             assert at.reader.stats().errors.keys() == {"busy"}
             assert not at.reader.stats().open
             proxy.delay = lambda: 0.0
-            assert await at.finds()
+            await until(at.finds)
         await proxy.end()
 
     play(story())
@@ -555,7 +562,7 @@ def test_sentinel_fails_over():
     async def story():
         async with Story(sentinels.url) as at:
             await at.told()
-            assert await at.finds()
+            await until(at.finds)
             sentinels.sentinels[0].pause()
             sentinels.master.kill()
             await at.misses()
@@ -584,7 +591,7 @@ def test_a_node_of_a_cluster_is_killed():
         async with Story(cluster.url) as at:
             keys = keys_of("spread", 64 * 12)
             await at.told(keys)
-            assert await at.finds(keys)
+            await until(lambda: at.finds(keys))
             for server in cluster.servers:
                 server.kill()
                 begun = time.perf_counter()
@@ -604,7 +611,7 @@ def test_a_node_of_a_cluster_is_killed():
 
 
 @LONG
-def test_slots_of_a_cluster_move():
+def test_slots_of_a_cluster_move(patience):
     """A segment in the middle of its move may be a miss, but that is no fault; afterwards it is found elsewhere."""
     cluster = Cluster()
 
@@ -621,7 +628,7 @@ def test_slots_of_a_cluster_move():
                 await until(lambda segment=segment: at.finds(segment))
                 assert await at.a.claim(first) is None
                 assert await at.reader.claim(first) == A
-            assert await at.finds(keys)
+            await until(lambda: at.finds(keys))
             assert at.reader.stats().errors.keys() == {"moving"}
             assert (at.reader.stats().opened, at.a.stats().opened) == (0, 0)
 
