@@ -158,12 +158,14 @@ class StoreClient:
         if (held := self._leases.get(match.lease)) is None:
             return 0
         blocks, good = match.blocks, 0
-        while good < len(into) and blocks:
+        while good < len(into):
+            if not blocks and not (blocks := await self._next(held, good, len(into))):
+                break
             copied = await self._copy_out(held, good, blocks[: len(into) - good], into[good:], seal)
             good += copied
-            if copied < len(blocks) or good == len(into):
+            if copied < len(blocks):
                 break
-            blocks = await self._next(held, good, len(into))
+            blocks = ()
         return good
 
     async def _next(self, held: _Held, first: int, end: int) -> tuple[Located, ...]:

@@ -96,7 +96,8 @@ class Fetcher:
                     *(self._lane(span, part, lease, address, deadline) for address, part in lanes)
                 )
                 failed |= {address for (address, _), lack in zip(lanes, lacking, strict=True) if lack}
-                wanted = sorted(i for lack in lacking for i in lack)
+                # What had no room here is not ours any more: the next holder would send it in vain.
+                wanted = sorted(i for lack in lacking for i in lack if self._index.is_pending(span.names[i]))
             self._index.withdraw(self._connection, lease, [span.names[i] for i in wanted])
         finally:
             self._index.release(self._connection, lease)

@@ -25,7 +25,11 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 512
 LEAST_SECRET = 16  # bytes
-OUT_OF_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
+OUT_OF_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+GONE_AGAIN = (  # accept(2): what may be told of a connection that ended before it was accepted
+    *(errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENONET),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+)
 
 
 class Network:
@@ -124,6 +128,8 @@ async def accept(listener: socket.socket) -> socket.socket:
             peer, _ = await asyncio.get_running_loop().sock_accept(listener)
             return peer
         except OSError as error:
+            if error.errno in GONE_AGAIN:
+                continue
             if error.errno not in OUT_OF_ROOM:
                 raise
             log.error("cannot accept a connection: %s", error.strerror)

@@ -203,7 +203,7 @@ class Node:
     async def _greet(self, peer: socket.socket) -> say.Hello | None:
         """Answer the hello: with a welcome and the arena, or with a refusal (None)."""
         loop = asyncio.get_running_loop()
-        length = say.body_length(await exactly(peer, say.LENGTH.size))
+        length = say.body_length(await exactly(peer, say.LENGTH.size), say.MAX_HELLO_BYTES)
         hello = say.decode("hello", await exactly(peer, length))
         if problem := self._problem_with(hello):
             log.warning("refused a %s: %s", hello.role or "client", problem)

@@ -20,7 +20,7 @@ import hmac
 import os
 import socket
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -33,6 +33,9 @@ VERSION = 1
 NONCE_BYTES = 32
 MAX_FETCH = 8192  # blocks in one request
 MAX_GREETING_BYTES = 4096  # of a frame from somebody who has proved nothing yet
+MAX_REASON = 300  # characters of a refusal that are logged
+OTHER_SECRET = "the two stores do not know the same secret (--peer-secret-file)"
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # seconds, and tries
 
 Nonce = Annotated[bytes, Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Hmac = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -109,6 +112,14 @@ class Met:
     boot_id: bytes = b""  # of the one who answered
 
 
+def set_up(peer: socket.socket) -> None:
+    """Small frames go at once; a host that is gone without a word is noticed."""
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        peer.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 def frame(message: msgspec.Struct) -> bytes:
     body = msgspec.msgpack.encode(message)
     return LENGTH.pack(len(body)) + body
@@ -117,15 +128,14 @@ def frame(message: msgspec.Struct) -> bytes:
 async def hear(peer: socket.socket, kind: type[Said], most: int = MAX_FRAME_BYTES) -> Said:
     """The next frame of a non-blocking socket. Raises IncompatibleNode or ProtocolError with the peer's words when it
     refuses, ProtocolError for what is no such message, EOFError, OSError."""
-    length = body_length(await exactly(peer, LENGTH.size))
-    if length > most:
-        raise ProtocolError(f"a frame of {length} bytes where {most} is the most")
+    length = body_length(await exactly(peer, LENGTH.size), most)
     try:
         message = _DECODERS[kind].decode(await exactly(peer, length))
     except (msgspec.DecodeError, RecursionError) as error:
         raise ProtocolError(f"not a valid {kind.__name__.lower()}: {error}") from None
     if isinstance(message, Refused):
-        raise (IncompatibleNode if message.incompatible else ProtocolError)(message.reason)
+        reason = "".join([c if c.isprintable() else "?" for c in message.reason[:MAX_REASON]])
+        raise (IncompatibleNode if message.incompatible else ProtocolError)(reason)
     return message
 
 
@@ -146,10 +156,10 @@ async def call(peer: socket.socket, me: Identity, purpose: Purpose) -> Met:
     mine = Call(VERSION, me.cluster, purpose, me.address, os.urandom(NONCE_BYTES))
     await loop.sock_sendall(peer, frame(mine))
     theirs = await hear(peer, Challenge, MAX_GREETING_BYTES)
-    if problem := difference(me, theirs.version, theirs.cluster):
-        raise IncompatibleNode(problem)
+    if problem := difference(mine, theirs.version, theirs.cluster):
+        await refuse(peer, problem)
     if not hmac.compare_digest(theirs.proof, proof(me.secret, "answerer", mine, theirs)):
-        raise IncompatibleNode("it does not know this cluster's secret (--peer-secret-file)")
+        await refuse(peer, OTHER_SECRET)
     await loop.sock_sendall(peer, frame(Proof(proof(me.secret, "caller", mine, theirs))))
     await hear(peer, Accepted, MAX_GREETING_BYTES)
     return Met(theirs.address, purpose, theirs.boot_id)
@@ -160,29 +170,31 @@ async def answer(peer: socket.socket, me: Identity) -> Met:
     OSError."""
     loop = asyncio.get_running_loop()
     theirs = await hear(peer, Call, MAX_GREETING_BYTES)
-    if problem := difference(me, theirs.version, theirs.cluster):
-        return await refuse(peer, problem)
+    if problem := difference(theirs, VERSION, me.cluster):
+        await refuse(peer, problem)
     mine = Challenge(VERSION, me.cluster, me.address, me.boot_id, os.urandom(NONCE_BYTES), bytes(32))
     mine = msgspec.structs.replace(mine, proof=proof(me.secret, "answerer", theirs, mine))
     await loop.sock_sendall(peer, frame(mine))
     told = await hear(peer, Proof, MAX_GREETING_BYTES)
     if not hmac.compare_digest(told.proof, proof(me.secret, "caller", theirs, mine)):
-        return await refuse(peer, "you do not know this cluster's secret (--peer-secret-file)")
+        await refuse(peer, OTHER_SECRET)
     await loop.sock_sendall(peer, frame(Accepted()))
     return Met(theirs.address, theirs.purpose)
 
 
-async def refuse(peer: socket.socket, reason: str) -> Met:
-    """Tell a peer why it is not served. Raises IncompatibleNode with the same words."""
+async def refuse(peer: socket.socket, reason: str) -> NoReturn:
+    """Tell a peer why there is nothing to be had. Raises IncompatibleNode with the same words, which stand in both
+    logs."""
     await asyncio.get_running_loop().sock_sendall(peer, frame(Refused(reason, incompatible=True)))
     raise IncompatibleNode(reason)
 
 
-def difference(me: Identity, version: int, cluster: str) -> str:
-    if version != VERSION:
-        return f"stores speak protocol version {VERSION} here, and {version} there"
-    if cluster != me.cluster:
-        return f"the cluster is called {me.cluster!r} here, and {cluster!r} there"
+def difference(call: Call, version: int, cluster: str) -> str:
+    """Why a caller and an answerer of that version and cluster do not belong together; empty if they may."""
+    if version != call.version:
+        return f"the store that was called speaks protocol version {version}, the caller {call.version}"
+    if cluster != call.cluster:
+        return f"the store that was called is of the cluster {cluster!r}, the caller of {call.cluster!r}"
     return ""
 
 

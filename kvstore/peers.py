@@ -22,6 +22,8 @@ STALL_S = 0.5  # a sender from whom nothing comes for so long is taken for slow
 AWAY_FIRST_S, AWAY_MOST_S = 0.5, 10.0  # so long a peer that failed is left alone
 AWAY_INCOMPATIBLE_S = 30.0
 IDLE_MOST = 4  # fetch connections kept for each peer
+# TimeoutError is an OSError; an address that is none is a ValueError or an OverflowError
+FAILED = (OSError, EOFError, ProtocolError, IncompatibleNode, ValueError, OverflowError)
 
 
 class Slow(Exception):
@@ -109,24 +111,26 @@ class Peer:
         self.asking: Link | None = None
         self.opening = asyncio.Lock()
         self.idle: list[Inflow] = []
-        self._failures = 0
+        self._pause = AWAY_FIRST_S
         self._told = ""
 
     def failed(self, error: BaseException, now: float) -> None:
         """Leave it alone for a while; longer with each time in a row, and longest when no retry can help."""
         incompatible = isinstance(error, IncompatibleNode)
-        pause = AWAY_INCOMPATIBLE_S if incompatible else min(AWAY_FIRST_S * 2**self._failures, AWAY_MOST_S)
-        self._failures += 1
-        self.away_until = now + pause
+        self.away_until = now + (AWAY_INCOMPATIBLE_S if incompatible else self._pause)
+        self._pause = min(2 * self._pause, AWAY_MOST_S)
+        while self.idle:
+            self.idle.pop().close()
         reason = str(error) or type(error).__name__
         if reason != self._told:
             self._told = reason
             log.log(logging.ERROR if incompatible else logging.WARNING, "the store at %s: %s", self.address, reason)
 
-    def met(self, boot_id: bytes) -> None:
+    def worked(self) -> None:
+        """It did what it was asked for."""
         if self._told:
             log.info("the store at %s is back", self.address)
-        self.boot_id, self._failures, self._told, self.away_until = boot_id, 0, "", 0.0
+        self._pause, self._told, self.away_until = AWAY_FIRST_S, "", 0.0
 
 
 class Peers:
@@ -154,6 +158,7 @@ class Peers:
             if peer.asking is None or peer.asking.lost.is_set():
                 sock, met = await self._connect(peer, "ask")
                 peer.asking = await Link.over(sock, met.boot_id)
+                peer.worked()
             return peer.asking
 
     async def inflow(self, address: str, fresh: bool = False) -> Inflow:
@@ -169,6 +174,7 @@ class Peers:
     def give_back(self, inflow: Inflow, address: str) -> None:
         """It has delivered all that it was asked for, and may be used again."""
         peer, inflow.used = self._of(address), True
+        peer.worked()
         if len(peer.idle) < IDLE_MOST:
             peer.idle.append(inflow)
         else:
@@ -195,7 +201,7 @@ class Peers:
             async with asyncio.timeout(CONNECT_S):
                 sock = await connect(peer.address)
                 met = await peering.call(sock, self.me, purpose)
-        except (OSError, EOFError, ProtocolError, IncompatibleNode, ValueError) as error:  # TimeoutError is an OSError
+        except FAILED as error:
             if sock is not None:
                 sock.close()
             told = OSError(f"no connection within {CONNECT_S:g} s") if isinstance(error, TimeoutError) else error
@@ -205,7 +211,7 @@ class Peers:
             if sock is not None:
                 sock.close()
             raise
-        peer.met(met.boot_id)
+        peer.boot_id = met.boot_id
         return sock, met
 
 
@@ -219,7 +225,7 @@ async def connect(address: str) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peering.set_up(sock)
         await loop.sock_connect(sock, where)
     except BaseException:
         sock.close()

@@ -20,6 +20,7 @@ from kvferry.common.store_api import Claim, Match, Reservation, StoreStats
 
 VERSION = 1
 MAX_FRAME_BYTES = 16 * 2**20  # holds a full answer to a look-up of MAX_NAMES names
+MAX_HELLO_BYTES = 1024
 MAX_NAMES = MAX_SPAN
 MAX_WAIT_S = 600.0
 LENGTH = struct.Struct("<I")
@@ -217,11 +218,11 @@ def encode(message: Message) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def body_length(header: bytes) -> int:
+def body_length(header: bytes, most: int = MAX_FRAME_BYTES) -> int:
     """The length that a frame's first four bytes announce. Raises ProtocolError over the bound."""
     (length,) = LENGTH.unpack(header)
-    if length > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {length} bytes is announced; {MAX_FRAME_BYTES} is the most")
+    if length > most:
+        raise ProtocolError(f"a frame of {length} bytes is announced; {most} is the most")
     return length
 
 

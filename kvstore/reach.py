@@ -19,6 +19,7 @@ from kvferry.kvstore.peers import Peers
 log = logging.getLogger(__name__)
 
 ASK_S = 1.0  # for an answer that needs no waiting
+WAIT_S = 1.0  # for one that waits
 RENEW_S = 0.7  # claims last two seconds
 MAX_ELSEWHERE = 4096
 
@@ -44,17 +45,17 @@ class Reach:
         """How many leading blocks of the span, which are not here, others seem to have."""
         return len(await self._sources(span, ""))
 
-    async def wait(self, span: Span, deadline: float) -> bool:
+    async def wait(self, span: Span, deadline: float) -> None:
         """While another host computes the first block of the span, wait there, until it is done or `deadline` (the
-        loop's time). Whether there was anything to wait for."""
+        loop's time)."""
         owner = self._elsewhere.get(span.names[0])
         if owner is None:
-            return False
-        left = deadline - asyncio.get_running_loop().time()
-        if left <= 0:
-            return False
-        await self._ask(owner, span, min(left, say.MAX_WAIT_S))
-        return True
+            return
+        # A piece at a time: a host that is gone without a word is found out.
+        while (left := deadline - asyncio.get_running_loop().time()) > 0:
+            match = await self._ask(owner, span, min(left, WAIT_S))
+            if match is None or match.miss is not MissReason.BEING_WRITTEN:
+                return
 
     async def claim(self, span: Span, claims: Sequence[Claim]) -> int | None:
         """Of a reservation that this node has given: the index from which on another host computes already; None if

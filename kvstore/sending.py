@@ -15,13 +15,14 @@ from kvferry.kvstore import protocol as say
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.conversation import Conversation, Waiters
 from kvferry.kvstore.index import Index
-from kvferry.kvstore.peering import Fetch, Identity, Met, Sending, Sent
+from kvferry.kvstore.peering import Fetch, Identity, Met, Sending, Sent, set_up
 from kvferry.kvstore.protocol import ProtocolError
 
 log = logging.getLogger(__name__)
 
 GREETING_S = 2.0
-MAX_STRANGERS = 64  # connections that have not proved themselves yet; more are closed
+MAX_STRANGERS = 64  # connections that have not proved themselves yet
+MAX_TOLD = 64  # different reasons that are remembered
 MAX_PEERS = 1024  # connections
 SEND_BYTES = 64 * 2**20  # sent in one go; the blocks' lease is renewed in between
 SEND_STALL_S = 5.0  # a receiver that takes nothing for so long is given up
@@ -39,7 +40,8 @@ class Sender:
         self._waiters = waiters
         self._arena: ArenaMap | None = None
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="kvferry-send")
-        self._strangers = self._peers = 0
+        self._strangers: dict[socket.socket, None] = {}  # in the order in which they came
+        self._peers = 0
         self._told: dict[str, float] = {}
         self._sending: set[socket.socket] = set()
 
@@ -49,12 +51,11 @@ class Sender:
 
     async def serve(self, peer: socket.socket) -> None:
         """One connection, from its first word to its close. Whatever it sends, nobody else is harmed."""
-        where = peer.getpeername()[0]
+        where = "an address that is gone"
         try:
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            where = peer.getpeername()[0]
+            set_up(peer)
             met = await self._meet(peer)
-            if met is None:
-                return
             self._peers += 1
             try:
                 await (self._answer(peer, met) if met.purpose == "ask" else self._send(peer, met))
@@ -73,21 +74,26 @@ class Sender:
             interrupt(peer)
         await asyncio.to_thread(self._threads.shutdown)
 
-    async def _meet(self, peer: socket.socket) -> Met | None:
-        if self._strangers >= MAX_STRANGERS or self._peers >= MAX_PEERS:
+    async def _meet(self, peer: socket.socket) -> Met:
+        """Who it is. Of too many strangers the one that has been here longest goes: a store takes no time to greet."""
+        if self._peers >= MAX_PEERS:
             raise ProtocolError("too many connections at once; it was closed")
-        self._strangers += 1
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            interrupt(oldest)
+        self._strangers[peer] = None
         try:
             async with asyncio.timeout(GREETING_S):
                 return await peering.answer(peer, self._me)
         finally:
-            self._strangers -= 1
+            self._strangers.pop(peer, None)
 
     def _tell(self, where: str, reason: str) -> None:
         """Why a caller was sent away; a reason once in a while, so that nobody can fill the log."""
         now = time.monotonic()
         self._told = {key: until for key, until in self._told.items() if until > now}
-        if (key := f"{where} {reason}") not in self._told and len(self._told) < MAX_STRANGERS:
+        if (key := f"{where} {reason}") not in self._told and len(self._told) < MAX_TOLD:
             self._told[key] = now + TOLD_AGAIN_S
             log.warning("refused a store at %s: %s", where, reason)
 
@@ -115,8 +121,8 @@ class Sender:
         arena = self._arena
         if arena is not None and fetch.block_bytes != arena.block_bytes:
             problem = (
-                f"blocks have {arena.block_bytes} bytes here and {fetch.block_bytes} there: model, dtype, block size "
-                "or layout differ; such stores cannot be of one cluster"
+                f"the store that was called has blocks of {arena.block_bytes} bytes, the caller of "
+                f"{fetch.block_bytes}: model, dtype, block size or layout differ; such stores cannot be of one cluster"
             )
             await peering.refuse(peer, problem)
         match = self._index.lookup(connection, fetch.names, lease=True, sent=True)
