@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -161,18 +161,23 @@ class Load:
             jobs += [threads.submit(self._ask, number) for number in range(2)]
             try:
                 for one in opened:
-                    assert one.wait(30)
-                self._more()
+                    until(lambda one=one: one.is_set() or failed(jobs), 30, "streams open")
+                self._more(jobs)
                 yield
-                self._more()
+                self._more(jobs)
             finally:
                 self._over.set()
             for job in jobs:
                 job.result(60)
 
-    def _more(self) -> None:
-        before = self.answers
-        until(lambda: self.answers >= before + 3, 60, "answers")
+    def _more(self, jobs: list[Future]) -> None:
+        enough = self.answers + 3
+        until(lambda: self.answers >= enough or failed(jobs), 60, "answers")
+
+
+def failed(jobs: list[Future]) -> bool:
+    """Whether a job has; why, is raised."""
+    return any(job.result() is not None for job in jobs if job.done())
 
 
 SWITCHED = "new calls go with the new certificates"
@@ -204,7 +209,7 @@ def test_a_rotation_under_load_loses_nothing(flags, hosts, oracle, prompts):
         rotate(hosts, order, *flags)
     print(f"{load.answers} answers")
     lines = hosts.admin("/metrics").text.splitlines()
-    failed = [line for line in lines if line.startswith("kvferry_failed_attempts_total{")]
-    assert all(line.endswith(" 0.0") for line in failed), failed
+    attempts = [line for line in lines if line.startswith("kvferry_failed_attempts_total{")]
+    assert all(line.endswith(" 0.0") for line in attempts), attempts
     for role in ("prefill", "decode"):
         until(lambda role=role: hosts.connections(role) == 1, 20, f"one connection to {role}")

@@ -3,10 +3,12 @@ certificates change. The workers answer by a script; their certificates, and wha
 
 import asyncio
 import logging
+import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -148,6 +150,30 @@ class TestWhoSpeaks:
         asyncio.run(main())
 
     @pytest.mark.parametrize("secure", [True, False])
+    def test_a_tenants_key_on_the_wire(self, secure, hosts):
+        """Somebody between router and worker sees it without certificates, which is why that is for loopback alone."""
+        key, seen = secrets.token_bytes(32), bytearray()
+        print(f"key {key.hex()}")
+
+        async def main() -> None:
+            async with serving("prefill", live(hosts["prefill"]) if secure else None) as (_, address):
+                relay = await asyncio.start_server(partial(forward, seen, address), "127.0.0.1", 0)
+                port = relay.sockets[0].getsockname()[1]
+                nodes = Nodes((f"127.0.0.1:{port}",), (), live(hosts["router"]) if secure else None)
+                nodes.start()
+                (node,) = nodes.all
+                assert await nodes.wait_for(lambda: node.ready, PATIENCE_S)
+                fill = node.stub.Fill()
+                await fill.write(pb.FillCommand(open=pb.Sequence(chain_key=key)))
+                assert (await fill.read()).started
+                await nodes.close()
+                relay.close()
+
+        asyncio.run(main())
+        assert len(seen) > 500
+        assert (key in seen) == (not secure)
+
+    @pytest.mark.parametrize("secure", [True, False])
     def test_no_proxy_comes_in_between(self, secure, hosts, monkeypatch):
         """It would see what goes to a loopback address as it is."""
         with socket.create_server(("127.0.0.1", 0)) as proxy:
@@ -160,6 +186,21 @@ class TestWhoSpeaks:
             with_node(comes_up, "prefill", servers, routers)
             with pytest.raises(BlockingIOError):
                 proxy.accept()
+
+
+async def forward(seen: bytearray, address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """What comes by one connection, and what is answered; `seen` is all of it."""
+    host, _, port = address.rpartition(":")
+    answers, asked = await asyncio.open_connection(host, int(port))
+
+    async def pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(2**16):
+            seen.extend(data)
+            target.write(data)
+            await target.drain()
+        target.close()
+
+    await asyncio.gather(pass_on(reader, asked), pass_on(answers, writer), return_exceptions=True)
 
 
 def expired(folder: Folder) -> LiveCredentials:
