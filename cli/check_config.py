@@ -11,7 +11,7 @@ import typer
 
 from kvferry.cli import serve
 from kvferry.cli.checks import check_router, check_values
-from kvferry.cli.layers import VERSION, Settings, Value
+from kvferry.cli.layers import EXAMPLE, VERSION, Settings, Value
 from kvferry.cli.models import DEMO
 from kvferry.cli.plan import make_plan, understood_plan
 from kvferry.cli.run import Parent
@@ -42,7 +42,7 @@ def check_config(settings: Settings, parent: Parent, as_json: bool | None, as_to
         if settings["engine.model"] is not None:
             serve.look(make_plan(settings, folder, usable_cores()), parent.notifier.progress, fetch_weights=False)
         else:
-            example = {**settings.values, "engine.model": Value(DEMO, "example")}
+            example = {**settings.values, "engine.model": Value(DEMO, EXAMPLE)}
             check_router(understood_plan(make_plan(Settings(example, settings.names), folder, usable_cores())).router)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kvferry.cli.layers import Settings, Value
+from kvferry.cli.layers import EXAMPLE, Settings, Value
 from kvferry.cli.models import Found
 from kvferry.cli.settings import SECTIONS, SETTINGS
 from kvferry.common.config import EngineConfig, RouterConfig, StoreConfig
@@ -28,7 +28,7 @@ def check_values(settings: Settings) -> None:
     values = dict(settings.values)
     for setting in SETTINGS.values():
         if setting.required and values[setting.path].value is None:
-            values[setting.path] = Value(setting.parse(setting.field.metadata["example"]), "example")
+            values[setting.path] = Value(setting.parse(setting.field.metadata["example"]), EXAMPLE)
     complete = Settings(values, settings.names)
     for section in SECTIONS:
         own = {"role": section, "engine": complete.of("engine")} if section in ("prefill", "decode") else {}

@@ -13,7 +13,7 @@ from kvferry.cli.layers import CONFIG_VARIABLE, Settings, resolve
 from kvferry.cli.progress import Alone
 from kvferry.cli.run import ROLES, Parent, plain_errors
 from kvferry.cli.settings import SETTINGS, Setting, nearest
-from kvferry.common.config import LogConfig, environment
+from kvferry.common.config import LOG_FORMATS, LogConfig, environment
 from kvferry.common.errors import ConfigError
 from kvferry.common.process import Notifier, die_with_parent
 from kvferry.common.telemetry import setup_logging
@@ -100,7 +100,8 @@ def with_flags(command: str, flags: Flags, run: Run, extra: Mapping[str, Any] | 
             ours = environment()
             file = given.pop("config") or (Path(ours[CONFIG_VARIABLE]) if ours.get(CONFIG_VARIABLE) else None)
             rest = {name: given.pop(name) for name in extra or {}}
-            log_format = given["log_format"] or ours.get(SETTINGS["log_format"].variable) or "auto"
+            formats = (given["log_format"], ours.get(SETTINGS["log_format"].variable), "auto")
+            log_format = next(one for one in formats if one in LOG_FORMATS)
             setup_logging(command, LogConfig(log_format=log_format))  # for what is wrong with the rest
             settings = resolve(flags.names(), said(flags, given), ours, file)
             setup_logging(command, settings.of(""))

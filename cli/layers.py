@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 from kvferry.cli.settings import SECTIONS, SETTINGS, Setting, nearest
 from kvferry.common.config import ENVIRONMENT_PREFIX
 from kvferry.common.errors import ConfigError
+from kvferry.common.values import WrongValue
 
 VERSION = 1
+DEFAULT, EXAMPLE = "default", "example"  # sources of what nobody has given
 CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
 # What Kubernetes and docker links put into the environment of everyone beside a service that is called kvferry.
 OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)$")
@@ -23,14 +25,16 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Value:
-    """`value` is None where nothing is given and there is no default. `source`: where it comes from, in words."""
+    """`value` is None where nothing is given and there is no default. `source`: where it comes from, in words.
+    `follows`: the setting whose value it has."""
 
     value: Any
     source: str
+    follows: str = ""
 
     @property
     def given(self) -> bool:
-        return self.source != "default"
+        return self.source not in (DEFAULT, EXAMPLE)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,24 @@ class Settings:
                 held[setting.field.name] = self[setting.path]
                 if setting.required and self[setting.path] is None:
                     raise ConfigError(self.missing(setting))
-        return SECTIONS[section](**held, **own)
+        try:
+            return SECTIONS[section](**held, **own)
+        except WrongValue as error:
+            (wrong,) = (one for one in SETTINGS.values() if (one.section, one.field.name) == (section, error.field))
+            raise ConfigError(f"{self.called(wrong)} {error.fault}") from None
+
+    def called(self, setting: Setting) -> str:
+        """A setting as whoever gave its value called it."""
+        value = self.values[setting.path]
+        if value.follows:
+            return self.called(SETTINGS[value.follows])
+        return value.source if value.given else self.names.get(setting.path, setting.path)
 
     def missing(self, setting: Setting) -> str:
-        ways = [self.names[setting.path]] if setting.path in self.names else []
-        ways += [f"{setting.path} in a --config file", setting.variable]
-        return f"{setting.path} is not given; give {', '.join(ways[:-1])} or {ways[-1]}"
+        ways = f"{setting.path} in a --config file or {setting.variable}"
+        if setting.path in self.names:
+            return f"{self.names[setting.path]} is not given; give it, {ways}"
+        return f"{setting.path} is not given; give {ways}"
 
 
 def resolve(
@@ -68,7 +84,7 @@ def resolve(
     values = {}
     for setting in SETTINGS.values():
         default = None if setting.required else setting.default
-        values[setting.path] = Value(default, "default")
+        values[setting.path] = Value(default, DEFAULT)
     if file is not None:
         values |= {path: read(path, given, f"{file}: {path}") for path, given in read_file(file).items()}
     for name, text in of_environment(environment):
@@ -78,7 +94,7 @@ def resolve(
     for setting in SETTINGS.values():
         follows = setting.field.metadata.get("follows")
         if follows and not values[setting.path].given and values[follows].given:
-            values[setting.path] = Value(values[follows].value, f"as {follows}")
+            values[setting.path] = Value(values[follows].value, f"as {follows}", follows)
     return Settings(values, names)
 
 

@@ -99,6 +99,9 @@ class Setting:
         return self._parse_one(given)
 
     def _parse_one(self, given: object) -> Any:
+        synonyms = self.field.metadata.get("synonyms", {})
+        if isinstance(given, str | int) and (word := str(given).lower()) in synonyms:
+            return synonyms[word]
         if isinstance(given, bool) and self.hint is bool:
             return given
         if isinstance(given, int | float) and not isinstance(given, bool) and self.hint in (int, float):

@@ -12,10 +12,11 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.values import require_least, setting
+from kvferry.common.values import WrongValue, require_least, require_word, setting, size_text
 
 ENVIRONMENT_PREFIX = "KVFERRY_"
 HOST_PORT = re.compile(r"(?P<host>[\w.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
+LOG_FORMATS = ("auto", "text", "json")
 MAX_SOCKET_PATH = 107  # bytes: sun_path of unix(7), less the zero at its end
 
 
@@ -96,8 +97,9 @@ def check_socket_path(path: Path | str, what: str) -> None:
     )
 
 
-def check_port(port: int, what: str) -> None:
-    _require(0 <= port <= 65535, f"{what} is {port}; a port is a number from 0 (any that is free) to 65535")
+def check_port(config: "RouterConfig", field: str) -> None:
+    if not 0 <= (port := getattr(config, field)) <= 65535:
+        raise WrongValue(config, field, f"is {port}; a port is a number from 0 (any that is free) to 65535")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,10 @@ class LogConfig:
     log_format: str = setting("text, json, or auto: text on a terminal, JSON lines otherwise.", "auto")
 
     def __post_init__(self) -> None:
-        levels, formats = ("DEBUG", "INFO", "WARNING", "ERROR"), ("auto", "text", "json")
-        _require(self.log_level.upper() in levels, f"log level {self.log_level!r} is not known; use {_one_of(levels)}")
-        _require(self.log_format in formats, f"log format {self.log_format!r} is not known; use {_one_of(formats)}")
+        levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+        if self.log_level.upper() not in levels:
+            raise WrongValue(self, "log_level", f"is {self.log_level!r}; use {', '.join(levels[:-1])} or {levels[-1]}")
+        require_word(self, "log_format", *LOG_FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +128,8 @@ class ServeConfig:
     router_arg: tuple[str, ...] = setting("One more argument for the router.", ())
 
     def __post_init__(self) -> None:
-        _require(self.prefill >= 0, f"{self.prefill} prefill workers are not possible; give 0 or more")
-        _require(self.decode >= 1, f"{self.decode} decode workers are too few; give at least 1")
+        require_least(self, 0, "prefill")
+        require_least(self, 1, "decode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +182,13 @@ class StoreConfig:
             split_address(self.advertise, "--advertise")
         _require(self.redis is None or self.listen is not None,
                  "--redis tells other hosts what this store has, so it needs --listen too")  # fmt: skip
-        _require(1 <= self.connections <= 4, f"{self.connections} connections to a store are not possible; give 1 to 4")
+        if not 1 <= self.connections <= 4:
+            raise WrongValue(self, "connections", f"is {self.connections}; it must be 1 to 4")
         _require(0 < len(self.cluster) <= 64, "a cluster's name has 1 to 64 characters")
-        _require(self.size_bytes >= 2**20, f"a store of {self.size_bytes} bytes is too small; give at least 1MiB")
-        _require(self.lease_s >= 0.2, f"leases of {self.lease_s} s are too short; give at least 0.2")
-        _require(self.writing_per_connection >= 1, "a connection that may write no block is useless; give at least 1")
+        if self.size_bytes < 2**20:
+            raise WrongValue(self, "size_bytes", f"is {size_text(self.size_bytes)}; it must be at least 1MiB")
+        require_least(self, 0.2, "lease_s")
+        require_least(self, 1, "writing_per_connection")
         check_socket_path(self.socket, "the store's socket path")
 
 
@@ -197,10 +202,16 @@ class EngineConfig:
     tokenizer: str | None = setting(
         "Where routers find the tokenizer: a folder on their host or a Hugging Face id.", None, unset="the model's"
     )
-    dtype: str = setting("auto (the checkpoint's), float32, bfloat16 or float16.", "auto")
+    dtype: str = setting(
+        "auto (the checkpoint's), float32, bfloat16 or float16.", "auto",
+        synonyms={"half": "float16", "float": "float32"},
+    )  # fmt: skip
     device: str = setting("auto, cpu, cuda or cuda:N.", "auto")
     block_size: int = setting("Tokens a KV block; the same for every worker of a store.", 16)
-    max_model_len: int | None = setting("Longest prompt and answer in tokens, like 32K.", None, unset="the model's")
+    max_model_len: int | None = setting(
+        "Longest prompt and answer in tokens, like 32K, or auto.", None, unset="the model's",
+        synonyms={"auto": None, "-1": None},
+    )  # fmt: skip
     max_num_seqs: int = setting("Sequences in one step, at most.", 64)
     max_num_batched_tokens: int = setting("Tokens in one step, at most; longer prompts go in chunks.", 512)
     max_waiting: int = setting("Sequences that may wait; more are refused.", 256)
@@ -214,10 +225,9 @@ class EngineConfig:
         _require(bool(self.model), "the model's name is empty; give `demo`, a folder or a Hugging Face id")
         require_least(self, 1, "block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting")
         require_least(self, 1, "max_model_len", "num_blocks", "threads")
-        _require(self.dtype in ("auto", "float32", "bfloat16", "float16"),
-                 f"dtype {self.dtype!r} is not known; use auto, float32, bfloat16 or float16")  # fmt: skip
-        _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
-                 f"device {self.device!r} is not known; use auto, cpu, cuda or cuda:N")  # fmt: skip
+        require_word(self, "dtype", "auto", "float32", "bfloat16", "float16")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise WrongValue(self, "device", f"is {self.device!r}; use auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,27 +311,22 @@ class RouterConfig:
         return self.seal == "on" or (self.seal == "auto" and (beyond or self.tenants_file is not None))
 
     def __post_init__(self) -> None:
-        _require(self.seal in ("auto", "on", "off"), f"seal {self.seal!r} is not known; use auto, on or off")
+        require_word(self, "seal", "auto", "on", "off")
         _require(self.seal != "off" or self.tenants_file is None,
                  "blocks of several tenants are sealed; --seal off is for a router without a tenants file")  # fmt: skip
         for address in (*self.prefill, *self.decode):
             check_worker_address(address, self.certs)
         _require(bool(self.decode), "a router needs at least one decode address")
-        check_port(self.port, "the port")
-        check_port(self.admin_port, "the admin port")
+        check_port(self, "port")
+        check_port(self, "admin_port")
         _require(self.port == 0 or self.port != self.admin_port or self.host != self.admin_host,
                  f"the API and the admin pages cannot both be at {self.host}:{self.port}; give another --admin-port",
                  )  # fmt: skip
         require_least(self, 0, "max_local_prefill", "admission_s", "node_wait_s", "request_s", "drain_s")
         require_least(self, 1, "max_concurrent", "max_bodies_bytes")
-        _require(self.generation_config in ("auto", "vllm"),
-                 f"generation_config {self.generation_config!r} is not known; use auto or vllm")  # fmt: skip
+        require_word(self, "generation_config", "auto", "vllm")
         if self.tenants_file is None and not is_loopback(self.host):
             raise ConfigError(
                 f"without a tenants file everyone who reaches {self.host} would share one tenant; give --tenants-file "
                 "(make one with `kvferry keys create TENANT --tenants-file FILE`) or listen on 127.0.0.1"
             )
-
-
-def _one_of(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"

@@ -58,7 +58,7 @@ def setting(help: str, default: Any = MISSING, **more: Any) -> Any:
 
     `name`: its key and flag where they do not follow from the field's name. `example`: of one without a default.
     `follows`: the setting whose value it has unless it is given. `secret`: what it names is a file with secrets.
-    `unset`: what it means that there is no value.
+    `unset`: what it means that there is no value. `synonyms`: words that may be given, and the values they stand for.
     """
     return field(default=default, metadata={"help": help, **more})
 
@@ -101,12 +101,28 @@ def key_of(field: Field) -> str:
     return field.name
 
 
-def require_least(config: Any, least: int, *names: str) -> None:
-    """Raise ConfigError, by the name that people type, for one of these fields that is less; None is not."""
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if one.name in names and value is not None and value < least:
-            raise ConfigError(f"{key_of(one)} is {value}; it must be at least {least}")
+class WrongValue(ConfigError):
+    """The value of one setting cannot be. `field`: its dataclass's field of that name. `fault`: what follows the name
+    that it was given by, which is only known where the settings come from."""
+
+    def __init__(self, config: Any, field: str, fault: str):
+        (name,) = (key_of(one) for one in fields(config) if one.name == field)
+        super().__init__(f"{name} {fault}")
+        self.field, self.fault = field, fault
+
+
+def require_least(config: Any, least: float, *names: str) -> None:
+    """Raise WrongValue for one of these fields that is less; None is not."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise WrongValue(config, name, f"is {value:g}; it must be at least {least:g}")
+
+
+def require_word(config: Any, name: str, *words: str) -> None:
+    """Raise WrongValue for a field that is none of these words."""
+    if (value := getattr(config, name)) not in words:
+        raise WrongValue(config, name, f"is {value!r}; use {', '.join(words[:-1])} or {words[-1]}")
 
 
 def url_of(host: str, port: int) -> str:

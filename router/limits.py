@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from kvferry.common.errors import ConfigError
-from kvferry.common.values import key_of
+from kvferry.common.values import WrongValue, require_least
 
 
 def _limit(default: Any, help: str) -> Any:
@@ -50,9 +49,9 @@ class Limits:
             least, value = (0 if one.name in ("logprobs", "told") else 1), getattr(self, one.name)
             if one.name.endswith("_s"):
                 if not 0 < value < float("inf"):
-                    raise ConfigError(f"the limit {key_of(one)} is {value}; it must be a number of seconds above 0")
-            elif value < least:
-                raise ConfigError(f"the limit {key_of(one)} is {value}; it must be at least {least}")
+                    raise WrongValue(self, one.name, f"is {value:g}; it must be a number of seconds above 0")
+            else:
+                require_least(self, least, one.name)
 
 
 DEFAULT_LIMITS = Limits()

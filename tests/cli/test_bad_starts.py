@@ -276,7 +276,7 @@ class TestFiles:
 
     def test_what_is_missing(self):
         assert refusal("store").endswith(
-            "store.socket is not given; give --socket, store.socket in a --config file or KVFERRY_STORE_SOCKET"
+            ": --socket is not given; give it, store.socket in a --config file or KVFERRY_STORE_SOCKET"
         )
 
 
@@ -330,11 +330,11 @@ class TestBeforeAnythingIsStarted:
         [
             ("decode_arg", ["--failpont=a=kill"], "--decode-arg: there is no --failpont; did you mean --failpoint"),
             ("decode_arg", ["other"], "--decode-arg: Got unexpected extra argument"),
-            ("prefill_arg", ["--block-size=0"], "--prefill-arg: block_size is 0; it must be at least 1"),
+            ("prefill_arg", ["--block-size=0"], "--prefill-arg: --block-size is 0; it must be at least 1"),
             ("prefill_arg", ["--max-model-len=100"], "--max-model-len 100 is more than the 99 positions"),
             ("router_arg", ["--port=high"], "--router-arg: --port: 'high' is not a whole number"),
             ("router_arg", ["--tenants-file=/no/such"], "there is no tenants file /no/such"),
-            ("store_arg", ["--lease-seconds=0"], "--store-arg: leases of 0.0 s are too short"),
+            ("store_arg", ["--lease-seconds=0"], "--store-arg: --lease-seconds is 0; it must be at least 0.2"),
             ("store_arg", ["--size=4000TiB"], "and 4096000.0 GiB of store"),
         ],
     )

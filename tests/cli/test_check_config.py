@@ -99,12 +99,12 @@ def test_every_source_is_told(tmp_path):
         ("router.port", 65536, "a port is a number from 0"),
         ("router.host", "10.0.0.1", "without a tenants file"),
         ("router.decode", ("10.0.0.1:1",), "can be reached from other hosts"),
-        ("engine.dtype", "int8", "dtype 'int8' is not known"),
-        ("engine.device", "gpu", "device 'gpu' is not known"),
+        ("engine.dtype", "int8", "test is 'int8'; use auto, float32"),
+        ("engine.device", "gpu", "test is 'gpu'; use auto, cpu"),
         ("decode.listen", "nowhere", "is not a worker address"),
         ("store.socket", Path("/" + 107 * "s"), "is too long: it has 108 bytes"),
-        ("log_format", "xml", "log format 'xml' is not known; use auto, text or json"),
-        ("serve.decode", 0, "0 decode workers are too few"),
+        ("log_format", "xml", "test is 'xml'; use auto, text or json"),
+        ("serve.decode", 0, "test is 0; it must be at least 1"),
     ],
 )
 def test_every_section_is_checked(path, value, says):

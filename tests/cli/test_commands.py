@@ -51,7 +51,7 @@ def test_a_role_tells_its_parent_why_it_fails(tmp_path):
     os.close(write_end)
     with open(read_end) as pipe:
         told = pipe.read()
-    sentence = "a store of 1024 bytes is too small; give at least 1MiB"
+    sentence = "--size is 1KiB; it must be at least 1MiB"
     assert refused.returncode == 2
     assert refused.stderr == "", "said twice: the parent says it"
     assert told == f'{{"failed":"{sentence}"}}\n'
@@ -66,9 +66,10 @@ def test_a_role_ends_when_its_parent_has(tmp_path):
 def test_demo_model_is_made_once_and_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     seen = []
-    path, name = resolve("demo", lambda done, total: seen.append((done, total)))
+    path, name = resolve("demo", lambda *progress: seen.append(progress))
     assert name == "demo"
-    assert seen[-1][0] == seen[-1][1] == len(seen)
+    parts = len(seen) - 1
+    assert seen == [("make", 0, 0), *(("make", done, parts) for done in range(1, parts + 1))]
     assert {file.name for file in Path(path).iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja"}  # fmt: skip
@@ -130,4 +131,4 @@ def test_a_store_that_the_host_cannot_hold_is_refused(tmp_path):
 def test_a_log_level_that_is_none_is_refused():
     refused = kvferry("store", "--socket", "/tmp/never", "--log-level", "LOUD")
     assert refused.returncode == 2
-    assert "log level 'LOUD' is not known; use DEBUG, INFO, WARNING or ERROR" in refused.stderr
+    assert "--log-level is 'LOUD'; use DEBUG, INFO, WARNING or ERROR" in refused.stderr

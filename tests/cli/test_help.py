@@ -68,7 +68,7 @@ def test_version():
         (("serve", "demo", "--port", "high"), "kvferry serve: --port: 'high' is not a whole number; write it like "
                                               "32768, 32K (that is 32768) or 32k (32000)"),
         (("decode", "demo", "--listen", "unix:/s", "--store", "/t", "--dtype", "int8"),
-         "kvferry decode: dtype 'int8' is not known; use auto, float32, bfloat16 or float16"),
+         "kvferry decode: --dtype is 'int8'; use auto, float32, bfloat16 or float16"),
     ],
 )  # fmt: skip
 def test_what_is_mistyped_is_told_in_one_line(arguments, says):
@@ -85,4 +85,4 @@ def test_a_wrong_value_is_told_before_anything_heavy_is_imported(role):
     )
     refused = subprocess.run([sys.executable, "-c", check], cwd="/", capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2
-    assert refused.stderr == f"kvferry {role}: log format 'xml' is not known; use auto, text or json\n"
+    assert refused.stderr == f"kvferry {role}: --log-format is 'xml'; use auto, text or json\n"

@@ -93,11 +93,11 @@ def test_a_threads_flag_is_for_each_worker():
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"serve__decode": "0"}, "0 decode workers"),
-        ({"store__size": "1"}, "is too small"),
+        ({"serve__decode": "0"}, "--decode is 0; it must be at least 1"),
+        ({"store__size": "1"}, "--store-size is 1; it must be at least 1MiB"),
         ({"router__host": "10.0.0.1"}, "without a tenants file"),
-        ({"engine__dtype": "int4"}, "dtype 'int4' is not known"),
-        ({"log_format": "xml"}, "log format 'xml'"),
+        ({"engine__dtype": "int4"}, "--dtype is 'int4'; use auto, float32"),
+        ({"log_format": "xml"}, "--log-format is 'xml'; use auto"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(flags, says):

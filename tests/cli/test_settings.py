@@ -200,18 +200,63 @@ def test_a_file_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("path", "given", "says"),
     [
-        ("router.admission_seconds", "-1", "admission_seconds is -1.0; it must be at least 0"),
-        ("router.max_local_prefill_length", "-1", "max_local_prefill_length is -1; it must be at least 0"),
-        ("prefill.drain_seconds", "-1", "drain_seconds is -1.0; it must be at least 0"),
-        ("engine.num_gpu_blocks_override", "0", "num_gpu_blocks_override is 0; it must be at least 1"),
-        ("router.limits.body_size", "0", "the limit body_size is 0; it must be at least 1"),
-        ("router.limits.body_seconds", "0", "the limit body_seconds is 0.0; it must be a number of seconds above 0"),
+        ("router.admission_seconds", "-1", "is -1; it must be at least 0"),
+        ("router.max_local_prefill_length", "-1", "is -1; it must be at least 0"),
+        ("engine.num_gpu_blocks_override", "0", "is 0; it must be at least 1"),
+        ("engine.max_num_seqs", "0", "is 0; it must be at least 1"),
+        ("engine.dtype", "int8", "is 'int8'; use auto, float32, bfloat16 or float16"),
+        ("router.limits.body_size", "0", "is 0; it must be at least 1"),
+        ("router.limits.body_seconds", "0", "is 0; it must be a number of seconds above 0"),
+        ("router.limits.n", "0", "is 0; it must be at least 1"),
+        ("store.size", "1KiB", "is 1KiB; it must be at least 1MiB"),
+        ("router.port", "65536", "is 65536; a port is a number from 0 (any that is free) to 65535"),
+        ("log_level", "LOUD", "is 'LOUD'; use DEBUG, INFO, WARNING or ERROR"),
+        ("serve.decode", "0", "is 0; it must be at least 1"),
     ],
 )
-def test_what_is_too_small_is_called_as_it_was_typed(path, given, says):
-    with pytest.raises(ConfigError) as refused:
-        check_values(layers(**{SETTINGS[path].variable: given}))
-    assert str(refused.value) == says
+def test_a_wrong_value_is_called_as_it_was_typed(path, given, says, tmp_path):
+    """Flag, variable or key: whichever it was given by."""
+    *_, key = path.rpartition(".")
+    section = path.removesuffix(key).rstrip(".")
+    flag = serve.FLAGS.names()[path]
+    text = f"{f'[{section}]' if section else ''}\n{key} = '{given}'"
+    for name, told in (
+        (flag, layers(flags={path: given})),
+        (SETTINGS[path].variable, layers(**{SETTINGS[path].variable: given})),
+        (f"{tmp_path}/kvferry.toml: {path}", layers(text, folder=tmp_path)),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check_values(told)
+        assert str(refused.value) == f"{name} {says}"
+
+
+def test_a_value_that_follows_another_is_called_as_that_was():
+    assert layers(KVFERRY_ENGINE_MODEL="m").called(SETTINGS["router.model"]) == "KVFERRY_ENGINE_MODEL"
+    assert layers().called(SETTINGS["engine.dtype"]) == "--dtype"
+    assert layers().called(SETTINGS["decode.listen"]) == "decode.listen", "serve has no flag for it"
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "value"),
+    [
+        ("engine.dtype", "half", "float16"),
+        ("engine.dtype", "Float", "float32"),
+        ("engine.dtype", "bfloat16", "bfloat16"),
+        ("engine.max_model_len", "auto", None),
+        ("engine.max_model_len", "-1", None),
+        ("engine.max_model_len", "8K", 8192),
+    ],
+)
+def test_words_of_users_of_vllm(path, given, value, tmp_path):
+    assert layers(flags={path: given})[path] == value
+    text = f"[engine]\n{path.partition('.')[2]} = {given if given == '-1' else repr(given)}"
+    assert layers(text, folder=tmp_path)[path] == value
+
+
+def test_a_flag_can_say_auto_over_a_file(tmp_path):
+    told = layers("[engine]\nmax_model_len = 9", {"engine.max_model_len": "auto"}, tmp_path)
+    assert told["engine.max_model_len"] is None
+    assert told.values["engine.max_model_len"].source == "--max-model-len"
 
 
 def test_a_path_may_begin_as_a_key_does():
@@ -239,7 +284,7 @@ def test_what_is_missing_is_told_with_every_way_to_give_it():
     with pytest.raises(ConfigError) as missing:
         layers().of("engine")
     assert str(missing.value) == (
-        "engine.model is not given; give MODEL, engine.model in a --config file or KVFERRY_ENGINE_MODEL"
+        "MODEL is not given; give it, engine.model in a --config file or KVFERRY_ENGINE_MODEL"
     )
 
 

@@ -94,8 +94,8 @@ def test_an_engine_that_could_not_work(wrong):
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
-        ({"size_bytes": 2**20 - 1}, "too small"),
-        ({"lease_s": 0.1}, "too short"),
+        ({"size_bytes": 2**20 - 1}, "size is 1048575; it must be at least 1MiB"),
+        ({"lease_s": 0.1}, "lease_seconds is 0.1; it must be at least 0.2"),
         ({"socket": Path("/" + "s" * 120)}, "too long"),
     ],
 )

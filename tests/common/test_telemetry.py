@@ -116,5 +116,5 @@ def test_warnings_are_lines_too(stderr):
 
 @pytest.mark.parametrize("wrong", [{"log_level": "LOUD"}, {"log_format": "xml"}, {"log_level": ""}])
 def test_what_is_not_known(wrong):
-    with pytest.raises(ConfigError, match="is not known; use"):
+    with pytest.raises(ConfigError, match=r"is .*; use "):
         LogConfig(**wrong)
