@@ -125,12 +125,12 @@ class Index:
     def being_computed(self, names: Sequence[BlockName]) -> BlockName | None:
         """The first missing name, if anybody is computing it; that may be another stream of the one who asks."""
         self.tick()
-        first = next((name for name in names if name not in self._catalog), None)
-        return first if first in self._pending else None
+        here = self.missing_from(names)
+        return names[here] if here < len(names) and names[here] in self._pending else None
 
     def missing_from(self, names: Sequence[BlockName]) -> int:
         """How many leading names are committed."""
-        return next((i for i, name in enumerate(names) if name not in self._catalog), len(names))
+        return len(self._catalog.leading(names))
 
     def is_pending(self, name: BlockName) -> bool:
         return name in self._pending
