@@ -30,6 +30,9 @@ PANELS: Mapping[str, str] = {
 }
 
 
+NAMES_FLAG = SETTINGS["engine.served_model_name"].flag
+
+
 @dataclass(frozen=True)
 class Flags:
     """The settings of `sections`, but those `without`, given by flags; that of `argument` by its place. `renamed`: what
@@ -124,6 +127,19 @@ def with_flags(command: str, flags: Flags, run: Run, extra: Mapping[str, Any] | 
 def said(flags: Flags, given: Mapping[str, Any]) -> dict[str, object]:
     """What was given on a command line, by path."""
     return {path: given[word(path)] for path in flags.settings if given[word(path)] not in (None, [])}
+
+
+def spread(words: Sequence[str]) -> list[str]:
+    """A command line with `--served-model-name a b` as `--served-model-name a --served-model-name b`, which is how
+    vLLM's users know it, where MODEL comes first. Elsewhere the second word may be MODEL."""
+    if len(words) < 2 or words[1].startswith("-"):
+        return list(words)
+    told, values = [], 0
+    for word in words:
+        flag = word == NAMES_FLAG
+        values = 1 if flag else 0 if word.startswith("-") else values and values + 1
+        told += [NAMES_FLAG, word] if values > 2 else [word]
+    return told
 
 
 def understood(command: str, flags: Flags, arguments: Sequence[str]) -> Settings:

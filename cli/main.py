@@ -1,13 +1,14 @@
 """The `kvferry` command. Nothing heavy is imported before a command needs it, so that help is quick."""
 
 import shutil
+import sys
 from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 
 from kvferry.cli import certs, check_config, demo, keys, roles, serve, tenants
-from kvferry.cli.flags import mistyped, with_flags
+from kvferry.cli.flags import mistyped, spread, with_flags
 from kvferry.cli.run import EXIT_CONFIG, tell_failure
 
 WIDTH = 120  # of help that is no terminal's
@@ -73,7 +74,7 @@ def app() -> int:
 
     rich_utils.MAX_WIDTH = shutil.get_terminal_size((WIDTH, 50)).columns
     try:
-        return typer.main.get_command(commands).main(standalone_mode=False) or 0
+        return typer.main.get_command(commands).main(spread(sys.argv[1:]), standalone_mode=False) or 0
     except typer.TyperException as error:
         if message := mistyped(error):
             context = getattr(error, "ctx", None)

@@ -34,7 +34,7 @@ class Found:
             engine,
             model=str(self.folder),
             revision=None,
-            served_model_name=engine.served_model_name or self.name,
+            served_model_name=engine.served_model_name or (self.name,),
             tokenizer=engine.tokenizer or str(self.folder),
         )
 

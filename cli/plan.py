@@ -171,7 +171,7 @@ def lines(plan: Plan, weights: int) -> list[str]:
     engine = plan.engines[0]
     pages = counted(engine.num_blocks, "block") if engine.num_blocks else size_text(engine.kv_cache_bytes)
     told = [
-        f"model    {engine.served_model_name}: {weights / 2**30:.2f} GiB of weights in {engine.model}",
+        f"model    {', '.join(engine.served_model_name)}: {weights / 2**30:.2f} GiB of weights in {engine.model}",
         f"store    {size_text(plan.store.size_bytes)} of KV blocks of {counted(engine.block_size, 'token')}",
     ]
     for role, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
@@ -183,6 +183,6 @@ def lines(plan: Plan, weights: int) -> list[str]:
 
 
 def ready_line(plan: Plan) -> str:
-    gib = plan.store.size_bytes / 2**30
-    return (f"kvferry is ready: {plan.url}  model {plan.engines[0].served_model_name}  ({len(plan.prefill)} prefill, "
+    gib, (name, *_) = plan.store.size_bytes / 2**30, plan.engines[0].served_model_name
+    return (f"kvferry is ready: {plan.url}  model {name}  ({len(plan.prefill)} prefill, "
             f"{len(plan.decode)} decode, store {gib:.1f} GiB; metrics: {plan.metrics_url})")  # fmt: skip

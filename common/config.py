@@ -198,7 +198,10 @@ class EngineConfig:
 
     model: str = setting("`demo`, a Hugging Face id or a local folder.", example="demo")
     revision: str | None = setting("Branch, tag or commit of a Hugging Face id.", None)
-    served_model_name: str | None = setting("What clients call the model.", None, unset="the model's name")
+    served_model_name: tuple[str, ...] = setting(
+        "What clients call the model; several may be given, of which answers have the first.", (),
+        unset="the model's name",
+    )  # fmt: skip
     tokenizer: str | None = setting(
         "Where routers find the tokenizer: a folder on their host or a Hugging Face id.", None, unset="the model's"
     )
@@ -225,6 +228,8 @@ class EngineConfig:
         _require(bool(self.model), "the model's name is empty; give `demo`, a folder or a Hugging Face id")
         require_least(self, 1, "block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting")
         require_least(self, 1, "max_model_len", "num_blocks", "threads")
+        if not all(self.served_model_name):
+            raise WrongValue(self, "served_model_name", "is empty; give a name, or leave it out")
         require_word(self, "dtype", "auto", "float32", "bfloat16", "float16")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise WrongValue(self, "device", f"is {self.device!r}; use auto, cpu, cuda or cuda:N")

@@ -39,7 +39,7 @@ def test_children_are_told_what_the_plan_says():
     environment = {"KVFERRY_ENGINE_MAX_NUM_SEQS": "7", "KVFERRY_DECODE_DRAIN_SECONDS": "3"}
     plan = plan_of(
         5, environment, serve__prefill="2", store__size="2MiB", engine__kv_cache_size="3MiB", log_level="ERROR",
-        router__limits__prompts="9", router__port="0", engine__served_model_name="other",
+        router__limits__prompts="9", router__port="0", engine__served_model_name=["other", "that"],
     )  # fmt: skip
     (store,), (first, second, decode, router) = stages(plan, ("python", "kvferry"))
     assert [spec.name for spec in (store, first, second, decode, router)] == [
@@ -59,7 +59,7 @@ def test_children_are_told_what_the_plan_says():
     assert settings.of("router") == plan.router
     assert settings.of("router.limits") == plan.limits
     assert plan.limits.prompts == 9
-    assert {one.served_model_name for one in plan.engines} == {"other"}
+    assert {one.served_model_name for one in plan.engines} == {("other", "that")}
     assert {one.tokenizer for one in plan.engines} == {"/models/m"}
     assert [worker.engine.threads for worker in plan.workers] == [2, 2, 1]
 

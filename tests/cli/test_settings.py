@@ -7,7 +7,7 @@ import pytest
 
 from kvferry.cli import check_config, roles, serve
 from kvferry.cli.checks import check_values
-from kvferry.cli.flags import PANELS, Flags, annotation
+from kvferry.cli.flags import PANELS, Flags, annotation, spread
 from kvferry.cli.layers import resolve
 from kvferry.cli.settings import SECTIONS, SETTINGS, settings_of
 from kvferry.common.config import EngineConfig, LogConfig, StoreConfig
@@ -303,6 +303,34 @@ def test_arguments_give_the_same_values_again():
     given = {by_name[name]: text for name, _, text in (word.partition("=") for word in words[1:])}
     told = resolve(flags.names(), {"engine.model": words[0], **given}, {}, None)
     assert {section: told.of(section) for section in configs} == configs
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("serve m --served-model-name a b --port 1", "serve m --served-model-name a --served-model-name b --port 1"),
+        ("serve m --port 1 --served-model-name a b c", "serve m --port 1 --served-model-name a --served-model-name b "
+                                                       "--served-model-name c"),
+        ("serve m --served-model-name a --served-model-name b", None),
+        ("serve m --served-model-name=a --port 1", None),
+        ("serve --served-model-name a m", None),
+        ("serve m", None),
+        ("version", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_names_as_users_of_vllm_give_them(line, told):
+    assert spread(line.split()) == (line if told is None else told).split()
+
+
+def test_names_may_be_several(tmp_path):
+    path = "engine.served_model_name"
+    assert layers(flags={path: ["a", "b"]})[path] == ("a", "b")
+    assert layers(KVFERRY_ENGINE_SERVED_MODEL_NAME="a,b")[path] == ("a", "b")
+    for text, names in (('["a", "b"]', ("a", "b")), ('"a"', ("a",))):
+        assert layers(f"[engine]\nserved_model_name = {text}", folder=tmp_path)[path] == names
+    with pytest.raises(ConfigError, match=r"^--served-model-name is empty; give a name"):
+        check_values(layers(flags={path: ["a", ""]}))
 
 
 def test_flags_have_the_help_of_the_declaration():
