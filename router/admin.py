@@ -85,6 +85,7 @@ def describe(node: Node) -> dict[str, Any]:
         told |= {field.name: getattr(node.status, field.name) for field in node.status.DESCRIPTOR.fields}
         layout = node.model.layout
         told |= {"fingerprint": node.status.fingerprint.hex(), "layout": dataclasses.asdict(layout)}
+        told |= {"other_names": list(node.status.other_names)}
     return told
 
 
