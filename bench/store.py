@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from store_ground import Meaning
 
-PARTS = {"local": store_local, "lookup": store_lookup, "remote": store_remote}  # each has `measure(quick)`, and FIGURES that tell what it gives
+# Each part has `measure(quick)`, and FIGURES that tell what it gives.
+PARTS = {"local": store_local, "lookup": store_lookup, "remote": store_remote}
 COST = ("gb_per_s", "cpu_s_per_gb")
 NOTHING = Meaning("", "")
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def show(figures: dict[str, float | None], meanings: dict[str, Meaning]) -> None:
-    """A table of the ratios, with what each side of them took beside, and one of the rest."""
+    """A table of the ratios, with what we took beside and what the limit or peer did ("its"), and one of the rest."""
 
     def told(name: str) -> str:
         if name not in figures:
@@ -58,7 +59,7 @@ def show(figures: dict[str, float | None], meanings: dict[str, Meaning]) -> None
         return "none" if (value := figures[name]) is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
     rest = dict(figures)
-    ratios = Table("ratio", "value", "target", *COST, *[f"its limit's or peer's {cost}" for cost in COST], "what")
+    ratios = Table("ratio", "value", "target", "GB/s", "CPU s/GB", "its GB/s", "its CPU s/GB", "what")
     others = Table("figure", "value", "target", "what")
     for name in figures:
         ours, over, theirs = name.partition("_over_")

@@ -60,7 +60,8 @@ def store_node(block_bytes: int, slots: int, *flags: str) -> Iterator[StoreNode]
     """A node with room for so many blocks. Ends with the context."""
     with tempfile.TemporaryDirectory(prefix="store-") as folder:
         socket, size = Path(folder) / "store", -(-slots * slot_stride(block_bytes) // 2**20)
-        with running(KVFERRY, "store", f"--socket={socket}", f"--size={size}MiB", "--log-level=WARNING", *flags) as process:
+        command = (KVFERRY, "store", f"--socket={socket}", f"--size={size}MiB", "--log-level=WARNING", *flags)
+        with running(*command) as process:
             until(lambda: socket.exists() or process.poll() is not None, "a store node ready")
             if process.poll() is not None:
                 raise SystemExit("the store node ended before it was ready")
