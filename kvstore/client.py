@@ -212,13 +212,16 @@ class StoreClient:
     async def release(self, lease: int) -> bool:
         if (held := self._leases.pop(lease, None)) is None:
             return False
-        link, stayed = held.link, True
+        link, stayed, left = held.link, True, list(held.numbers)
         try:
-            for number in held.numbers:
-                reply = await link.request(say.Release(link.next_id(), number), say.Released, REPLY_S)
-                stayed &= reply.held
+            while left:
+                request = say.Release(link.next_id(), left.pop())
+                stayed &= (await link.request(request, say.Released, REPLY_S)).held
         except Unreachable:
             return False
+        finally:  # there are some left if we are cancelled
+            for number in left:
+                post_release(link, number)
         return stayed
 
     async def erase(self, tenant: str) -> None:
