@@ -112,7 +112,7 @@ class Fetcher:
             return []
         stripe = max(1, STRIPE_BYTES // self._arena.block_bytes)
         addresses = list(dict.fromkeys(a for some in possible for a in some))
-        lanes = [(a, []) for a in addresses for _ in range(min(self._connections, -(-len(wanted) // stripe)))]
+        lanes = [(a, []) for _ in range(min(self._connections, -(-len(wanted) // stripe))) for a in addresses]
         if len(addresses) == 1 and len(lanes) == 1:
             return [(addresses[0], wanted)]
         for number, start in enumerate(range(0, len(wanted), stripe)):
@@ -198,12 +198,11 @@ class Fetcher:
                     self._threads, inflow.receive, views, deadline,
                     lambda count: loop.call_soon_threadsafe(arrived, count), step,
                 )  # fmt: skip
-                del views
                 try:
                     await asyncio.shield(receiving)
                 except asyncio.CancelledError:
                     inflow.interrupt()
-                    await asyncio.wait([receiving])
+                    await asyncio.gather(receiving, return_exceptions=True)
                     raise
         finally:
             index.abort(self._connection, [block.slot for block in written[done:]], keep=True)

@@ -53,19 +53,20 @@ class Inflow:
             raise ProtocolError("more blocks are sent than were asked for")
         return sending.blocks
 
-    def receive(self, views: Sequence[memoryview], deadline: float, arrived: Callable[[int], None], step: int) -> None:
+    def receive(self, views: list[memoryview], deadline: float, arrived: Callable[[int], None], step: int) -> None:
         """Fill `views`, in order; `arrived(n)` whenever `n` of them, `step` more than before, are full. Runs in a
-        thread. Raises Slow, EOFError, OSError."""
-        peer = self._peer
-        peer.setblocking(True)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(STALL_S))
+        thread. `views` is empty afterwards, however this ends: an error's traceback keeps no part of the arena. Raises
+        Slow, EOFError, OSError."""
+        peer, count = self._peer, len(views)
         try:
-            for start in range(0, len(views), step):
-                part = views[start : start + step]
-                fill(peer, part, deadline)
-                arrived(start + len(part))
-        finally:
+            peer.setblocking(True)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(STALL_S))
+            for end in (*range(step, count, step), count):
+                fill(peer, views, len(views) - (count - end), deadline)
+                arrived(end)
             peer.setblocking(False)
+        finally:
+            views.clear()
 
     def interrupt(self) -> None:
         """Have a thread that receives end, and the connection with it."""
@@ -83,21 +84,21 @@ def timeval(seconds: float) -> bytes:
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
-def fill(peer: socket.socket, views: Sequence[memoryview], deadline: float) -> None:
-    """Receive exactly into `views`. Raises Slow, EOFError, OSError."""
-    left = list(views)
-    while left:
+def fill(peer: socket.socket, views: list[memoryview], count: int, deadline: float) -> None:
+    """Receive exactly into the first `count` of `views`, and remove them. Raises Slow, EOFError, OSError."""
+    left = len(views) - count
+    while len(views) > left:
         try:
-            got = peer.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
+            got = peer.recvmsg_into(views[: len(views) - left], 0, socket.MSG_WAITALL)[0]
         except BlockingIOError:
             raise Slow(f"nothing came for {STALL_S:g} s") from None
         if not got:
             raise EOFError("the connection closed in the middle of a block")
-        while left and got >= len(left[0]):
-            got -= len(left.pop(0))
-        if left and got:
-            left[0] = left[0][got:]
-        if left and time.monotonic() > deadline:
+        while len(views) > left and got >= len(views[0]):
+            got -= len(views.pop(0))
+        if got:
+            views[0] = views[0][got:]
+        if len(views) > left and time.monotonic() > deadline:
             raise Slow("it sends too slowly to wait for")
 
 

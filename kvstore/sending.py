@@ -144,12 +144,11 @@ class Sender:
             views = [self._arena.slot(slot) for slot in slots]
             self._sending.add(peer)
             sending = asyncio.get_running_loop().run_in_executor(self._threads, send_all, peer, views)
-            del views
             try:
                 await asyncio.shield(sending)
             except asyncio.CancelledError:
                 interrupt(peer)
-                await asyncio.wait([sending])
+                await asyncio.gather(sending, return_exceptions=True)
                 raise
             finally:
                 self._sending.discard(peer)
@@ -165,17 +164,21 @@ def interrupt(peer: socket.socket) -> None:
 
 
 def send_all(peer: socket.socket, views: list[memoryview]) -> None:
-    """Send all of it. Blocks; raises OSError when nothing is taken for `SEND_STALL_S`."""
+    """Send all of `views`, which is empty afterwards, however this ends: an error's traceback keeps no part of the
+    arena. Blocks; raises OSError when nothing is taken for `SEND_STALL_S`."""
     poller = select.poll()
     poller.register(peer, select.POLLOUT)
-    while views:
-        try:
-            sent = peer.sendmsg(views[:MAX_PARTS])
-        except BlockingIOError:
-            if not poller.poll(SEND_STALL_S * 1000):
-                raise TimeoutError(f"nothing was taken for {SEND_STALL_S:g} s") from None
-            continue
-        while views and sent >= len(views[0]):
-            sent -= len(views.pop(0))
-        if sent:
-            views[0] = views[0][sent:]
+    try:
+        while views:
+            try:
+                sent = peer.sendmsg(views[:MAX_PARTS])
+            except BlockingIOError:
+                if not poller.poll(SEND_STALL_S * 1000):
+                    raise TimeoutError(f"nothing was taken for {SEND_STALL_S:g} s") from None
+                continue
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]
+    finally:
+        views.clear()

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from redis_server import RedisServer
 from spans import span
 
 from kvferry.common.process import Note
@@ -36,18 +37,25 @@ class Node:
 
     def __init__(self, socket: Path, prefix: Sequence[str] = (), **config: object):
         self.socket = socket
-        self.address = config.get("advertise") or config.get("listen") or ""
+        self.listen = config.get("listen") or ""
+        self.address = config.get("advertise") or self.listen
         self._config = json.dumps({"socket": str(socket), **config})
         self._prefix = prefix
         self.process: subprocess.Popen | None = None
 
     def start(self) -> list[Note]:
         """Until ready; what it said on the way. Raises RuntimeError if it ends instead."""
-        read, write = os.pipe()
+        self.begin()
+        return self.wait_ready()
+
+    def begin(self) -> None:
+        self._notes, write = os.pipe()
         command = [*self._prefix, sys.executable, str(HERE / "node_process.py"), str(write), self._config]
         self.process = subprocess.Popen(command, pass_fds=[write])
         os.close(write)
-        with os.fdopen(read, "rb") as pipe:
+
+    def wait_ready(self) -> list[Note]:
+        with os.fdopen(self._notes, "rb") as pipe:
             notes = []
             for line in pipe:
                 notes.append(msgspec.json.decode(line, type=Note))
@@ -62,6 +70,21 @@ class Node:
     def terminate(self) -> int:
         self.process.terminate()
         return self.process.wait(10)
+
+    def stop(self) -> None:
+        """Whatever it does; nobody is told. `resume` follows."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def open_fds(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def memory(self) -> int:
+        """Bytes of its own: not those of the arena."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 class Worker:
@@ -103,7 +126,7 @@ class Ground:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._running: list[Node | Worker] = []
+        self._running: list[Node | Worker | RedisServer] = []
 
     def node(
         self,
@@ -131,6 +154,25 @@ class Ground:
             port = listener.getsockname()[1]
         return self.node(listen=f"{host}:{port}", peer_secret_file=str(file), **config)
 
+    def peers(self, count: int, **config: object) -> list[Node]:
+        """So many, started side by side."""
+        nodes = [self.peer(start=False, **config) for _ in range(count)]
+        self.start(*nodes)
+        return nodes
+
+    @staticmethod
+    def start(*nodes: Node) -> None:
+        for node in nodes:
+            node.begin()
+        for node in nodes:
+            node.wait_ready()
+
+    def redis(self, *options: str) -> RedisServer:
+        """A Redis for the nodes' directories."""
+        server = RedisServer(*options)
+        self._running.append(server)
+        return server.start()
+
     def worker(self, node: Node, label: str, count: int, *failpoints: str) -> Worker:
         worker = Worker(node, label, count, *failpoints)
         self._running.append(worker)
@@ -142,10 +184,10 @@ class Ground:
 
     def end(self) -> None:
         for each in reversed(self._running):
-            if isinstance(each, Worker):
+            if not isinstance(each, Node):
                 each.end()
             elif each.process is not None and each.process.poll() is None:
-                each.process.send_signal(signal.SIGCONT)
+                each.resume()
                 each.kill()
 
     @staticmethod

@@ -1,59 +1,236 @@
 """Store nodes that fetch blocks from one another over TCP: what arrives is right, or it is a miss, in time."""
 
 import asyncio
+import signal
+import time
 
-import numpy as np
 import pytest
+from peer_stories import (
+    SEAL,
+    behind,
+    clients_of,
+    known_elsewhere,
+    nothing_held,
+    publish,
+    pulled,
+    run,
+    said_to_be_at,
+    wires,
+)
 from spans import span
 
-SEAL = bytes(range(32))
-
-
-def run(story):
-    return asyncio.run(asyncio.wait_for(story, 60))
-
-
-async def started(ground, *nodes, **changes):
-    clients = [ground.client(node, **changes) for node in nodes]
-    for client in clients:
-        await client.start()
-    return clients
-
-
-async def publish(ground, client, names, seal=None, tenant="t"):
-    reservation = await client.reserve(span(names), tenant=tenant)
-    there = await client.publish(reservation, ground.payloads(names), seal)
-    await client.release(reservation.lease)
-    return there
-
-
-async def pulled(ground, client, names, seal=None, **lookup):
-    """How many leading blocks could be had, all of them right."""
-    match = await client.lookup(span(names), tenant="t", **lookup)
-    room = ground.room(len(match))
-    good = await client.pull(match, room, seal)
-    held = await client.release(match.lease) if match.lease else True
-    expect = ground.payloads(names)
-    assert all(np.array_equal(got, sent.data) for got, sent in zip(room[:good], expect, strict=False))
-    return good if held else 0
+MANY = 1000  # blocks that several connections share
 
 
 @pytest.mark.parametrize("seal", [None, SEAL])
 def test_blocks_come_from_where_they_were_computed(ground, seal):
     async def story():
-        one, two = ground.peer(slots=200), ground.peer(slots=200)
-        writer, reader = await started(ground, one, two)
-        assert (writer.address, reader.address) == (one.address, two.address)
-        names = ground.names("a", 150)
-        assert await publish(ground, writer, names, seal) == 150
-        assert await pulled(ground, reader, names, seal) == 0, "nobody has said where they are"
-        assert await pulled(ground, reader, names, seal, holder=one.address) == 150
-        stats = await reader.stats()
-        assert (stats.committed, stats.writing, stats.reserved) == (150, 0, 0)
-        one.kill()
-        assert await pulled(ground, reader, names, seal) == 150, "they have landed here"
-        await writer.close()
-        await reader.close()
+        one, two = ground.peers(2, slots=200)
+        async with clients_of(ground, one, two) as (writer, reader):
+            assert (writer.address, reader.address) == (one.address, two.address)
+            names = ground.names("a", 150)
+            assert await publish(ground, writer, names, seal) == 150
+            assert await pulled(ground, reader, names, seal) == 0, "nobody has said where they are"
+            assert await pulled(ground, reader, names, seal, holder=one.address) == 150
+            stats = await reader.stats()
+            assert (stats.committed, stats.brought, stats.writing, stats.reserved) == (150, 150, 0, 0)
+            stats = await writer.stats()
+            assert (stats.sent, stats.blocks_found) == (150, 0), "what others look up is counted there"
+            one.kill()
+            assert await pulled(ground, reader, names, seal) == 150, "they have landed here"
         assert two.terminate() == 0
 
     run(story())
+
+
+@pytest.fixture
+def two_holders(ground):
+    """A story's: (wires, nodes that have the same blocks, and a third, clients of all, the blocks' names)."""
+
+    class Holders:
+        async def __aenter__(self):
+            self._wires = wires(2)
+            self.wires = await self._wires.__aenter__()
+            self.redis = ground.redis()
+            config = {"slots": MANY + 8, "redis": self.redis.url}
+            self.nodes = [behind(ground, wire, **config) for wire in self.wires]
+            self.nodes.append(ground.peer(start=False, **config))
+            ground.start(*self.nodes)
+            self._clients = clients_of(ground, *self.nodes)
+            self.clients = await self._clients.__aenter__()
+            self.names = ground.names("a", MANY)
+            first, second, self.reader = self.clients
+            assert await publish(ground, first, self.names) == MANY
+            assert await pulled(ground, second, self.names, holder=self.nodes[0].address) == MANY
+            await said_to_be_at(ground, self.redis, MANY, self.nodes[1].address)
+            for wire in self.wires:
+                wire.sent = 0
+            return self
+
+        def pull(self, **lookup):
+            return pulled(ground, self.reader, self.names, holder=self.nodes[0].address, **lookup)
+
+        async def __aexit__(self, *error):
+            await self._clients.__aexit__(*error)
+            await self._wires.__aexit__(*error)
+
+    return Holders()
+
+
+def test_a_fetch_is_spread_over_all_who_have_it(ground, two_holders):
+    async def story():
+        async with two_holders as they:
+            assert await they.pull() == MANY
+            shares = [wire.sent / (MANY * ground.block_bytes) for wire in they.wires]
+            print("shares", [f"{share:.2f}" for share in shares])
+            assert sum(shares) == pytest.approx(1.0, abs=0.01), "nothing is sent twice"
+            assert min(shares) > 0.4
+            assert (await they.reader.stats()).brought == MANY
+            await nothing_held(ground, *they.clients)
+
+    run(story())
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped", "silent", "closed"])
+def test_what_one_holder_does_not_deliver_the_other_does(ground, two_holders, fault):
+    """Something happens to it while bytes flow: the wire keeps back what follows."""
+
+    async def story():
+        async with two_holders as they:
+            wire, node = they.wires[0], they.nodes[0]
+            wire.hold_at = 10 * 2**20
+            pull = asyncio.create_task(they.pull())
+            await wire.holding.wait()
+            assert not pull.done()
+            happened = time.monotonic()
+            match fault:
+                case "killed":
+                    node.kill()
+                    wire.cut()
+                case "stopped":
+                    node.stop()
+                case "closed":
+                    wire.cut()
+            assert await pull == MANY, "all of it came"
+            print(f"{fault}: all there {time.monotonic() - happened:.2f} s later")
+            assert (await they.reader.stats()).brought == MANY
+            wire.hold_at = None
+            if fault == "stopped":
+                node.resume()
+            alive = they.clients[1:] if fault == "killed" else they.clients
+            await nothing_held(ground, *alive)
+
+    run(story())
+
+
+def test_a_holder_that_stopped_before_is_not_waited_for(ground, two_holders):
+    async def story():
+        async with two_holders as they:
+            they.nodes[0].stop()
+            assert await they.pull(within_s=10) == MANY
+            they.nodes[0].resume()
+            await nothing_held(ground, *they.clients)
+
+    run(story())
+
+
+@pytest.mark.parametrize("rate", [20e6, 200e3])
+def test_the_only_holder_sends_too_slowly_to_wait_for(ground, rate):
+    """What has come by then is right; the rest is a miss, within the patience that its size deserves."""
+
+    async def story():
+        async with wires(1) as (wire,):
+            one, two = behind(ground, wire, slots=MANY), ground.peer(slots=MANY, start=False)
+            ground.start(one, two)
+            async with clients_of(ground, one, two) as (writer, reader):
+                names = ground.names("a", MANY - 100)
+                assert await publish(ground, writer, names) == len(names)
+                wire.rate = rate
+                good = await pulled(ground, reader, names, holder=one.address, within_s=12)
+                assert good < len(names)
+                wire.rate = 0.0
+                await nothing_held(ground, reader)
+                assert (await reader.stats()).committed >= good
+
+                async def healed():
+                    return await pulled(ground, reader, names, holder=one.address) == len(names)
+
+                await ground.until(healed, 20)
+                await nothing_held(ground, writer, reader)
+
+    run(story())
+
+
+def test_a_restarted_peer_has_nothing_and_is_found_again(ground):
+    async def story():
+        redis = ground.redis()
+        one, two = ground.peers(2, slots=200, redis=redis.url)
+        async with clients_of(ground, one, two) as (writer, reader):
+            names, others = ground.names("a", 100), ground.names("b", 50)
+            assert await publish(ground, writer, names) == 100
+            assert await publish(ground, writer, others) == 50
+            await known_elsewhere(ground, reader, others)
+            assert await pulled(ground, reader, others) == 50, "so it was met"
+            one.kill()
+            one.start()
+            assert await pulled(ground, reader, names, within_s=1.0) == 0, "the hint is stale"
+            assert await pulled(ground, reader, names, holder=one.address, within_s=1.0) == 0
+            await ground.until(lambda: writer.connects == 2)
+            assert await publish(ground, writer, names) == 100
+
+            async def healed():
+                return await pulled(ground, reader, names) == 100
+
+            await ground.until(healed)
+            await nothing_held(ground, writer, reader)
+
+    run(story())
+
+
+def test_what_does_not_fit_is_a_miss(ground):
+    async def story():
+        one, two = ground.peer(slots=200, start=False), ground.peer(slots=40, start=False)
+        ground.start(one, two)
+        async with clients_of(ground, one, two) as (writer, reader):
+            names = ground.names("a", 150)
+            assert await publish(ground, writer, names) == 150
+            slots = (await reader.stats()).slots
+            assert await pulled(ground, reader, names, holder=one.address, within_s=5) == slots
+            await nothing_held(ground, writer, reader)
+            kept = ground.names("kept", slots)
+            assert await publish(ground, reader, kept) == slots, "and gives way as all others do"
+            match = await reader.lookup(span(kept))
+            assert await pulled(ground, reader, names, holder=one.address, within_s=5) == 0, "all is leased"
+            assert await reader.release(match.lease)
+            await nothing_held(ground, writer, reader)
+
+    run(story())
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_a_node_ends_in_time_while_blocks_flow(ground, who, capfd):
+    async def story():
+        async with wires(1) as (wire,):
+            one, two = behind(ground, wire, slots=MANY), ground.peer(slots=MANY, start=False)
+            ground.start(one, two)
+            async with clients_of(ground, one, two) as (writer, reader):
+                names = ground.names("a", MANY - 100)
+                assert await publish(ground, writer, names) == len(names)
+                wire.hold_at = 20 * 2**20
+                pull = asyncio.create_task(pulled(ground, reader, names, holder=one.address))
+                await wire.holding.wait()
+                ending = {"sender": one, "receiver": two}[who]
+                begun = time.monotonic()
+                ending.process.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(ending.process.wait, 10) == 0
+                took = time.monotonic() - begun
+                wire.cut()
+                assert await pull < len(names)
+            print(f"ended after {took:.2f} s")
+            assert took < 2.0
+            assert not ending.socket.exists()
+
+    run(story())
+    told = capfd.readouterr().err
+    assert "Traceback" not in told, told
+    assert "never" not in told, told  # retrieved, awaited
