@@ -25,7 +25,7 @@ from kvferry.router.gate import Gate, Place
 from kvferry.router.generate import Generator
 from kvferry.router.guard import guard, read_body
 from kvferry.router.limits import Limits
-from kvferry.router.listener import listen
+from kvferry.router.listener import connections_allowed, listen
 from kvferry.router.models import Models
 from kvferry.router.nodes import Nodes
 from kvferry.router.openai import Kind, parse_request
@@ -51,7 +51,7 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
     store = StoreClient(config.store, 0, 0, "router")
     live = LiveCredentials(config.certs, "router") if config.certs else None
     nodes, metrics, clock = Nodes(config.prefill, config.decode, live), Metrics(), MonotonicClock()
-    models = Models(nodes, own_defaults=config.generation_config == "auto")
+    models = Models(nodes, own_defaults=config.generation_config == "auto", promised=limits.n)
     if config.model is not None:
         await models.load(config.model, config.revision)
     flow = Flow(config, nodes, models, store, metrics, clock)
@@ -63,7 +63,7 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
     try:
         admin = admin_app(nodes, store, metrics, probes, limits)
         runners.append(await listen(admin, config.admin_host, config.admin_port, limits))
-        runners.append(await listen(front.app(), config.host, config.port, limits))
+        runners.append(await listen(front.app(), config.host, config.port, limits, connections_allowed()))
         log.info(
             "listening on %s, operators on %s", *(url_of(*runner.addresses[0][:2]) for runner in reversed(runners))
         )
@@ -144,7 +144,7 @@ class Front:
 
     async def _show_model(self, request: web.Request) -> web.Response:
         self._authenticate(request)
-        name = self._models.name_of(request.match_info["id"])
+        self._models.name_of(name := request.match_info["id"])
         for model in self._served():
             if model.id == name:
                 return as_json(model)
@@ -166,7 +166,7 @@ class Front:
             return await self._send(request, told)
 
     async def _openapi(self, request: web.Request) -> web.StreamResponse:
-        return await self._send(request, openapi(self._limits))
+        return await self._send(request, openapi(self._models.bounded(self._limits)))
 
     async def _send(self, request: web.Request, value: object) -> web.StreamResponse:
         return await send_json(request, encoded(value), self._limits.write_s, {"X-Request-Id": request["id"]})

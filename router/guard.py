@@ -72,7 +72,7 @@ def guard(limits: Limits, metrics: Metrics | None) -> Callable[[web.Request, Han
 
 
 def check_head(request: web.Request, limits: Limits) -> None:
-    """Raises HeadersTooLarge and ExpectationFailed."""
+    """Raises HeadersTooLarge, ExpectationFailed, and InvalidRequest for a body that is encoded."""
     size = len(request.method) + len(request.raw_path) + FIRST_LINE_REST + len("\r\n")
     size += sum(len(name) + len(value) + LINE_REST for name, value in request.raw_headers)
     if size > limits.header_bytes:
@@ -81,6 +81,9 @@ def check_head(request: web.Request, limits: Limits) -> None:
         )
     if request.get("expected", CONTINUE) != CONTINUE:
         raise ExpectationFailed(f"the Expect header of a request can only be {CONTINUE}; leave it out")
+    for coding in request.headers.getall("Content-Encoding", ()):
+        if coding.strip().lower() not in ("", "identity"):
+            raise InvalidRequest("the body has a Content-Encoding; send it as it is, without that header")
 
 
 async def read_body(request: web.Request, limits: Limits, place: Place) -> bytes:

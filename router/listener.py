@@ -1,6 +1,9 @@
 """The clients' sockets. HTTP is aiohttp's; ours are its bounds, and the words for what is no HTTP."""
 
+import asyncio
 import logging
+import resource
+import socket
 import uuid
 from typing import Any
 
@@ -16,16 +19,38 @@ from kvferry.router.refusals import SERVER, error_response
 LAST_WORDS_S = 0.5  # for answers that say that the server stops
 LINGER_S = 2.0  # what is left of a refused request's body is read and dropped for so long, so that the answer is seen
 MAX_HEADERS = 128
+READ_BYTES = 2**14  # at once: in chunks of a byte each it is a few milliseconds of work
+UNSENT_BYTES = 2**16  # that the system holds for a client; what is more waits here, so who reads slowly is seen to read
+CONNECTIONS = 2**14
+RESERVED = 256  # descriptors for all else: workers, store, files, the operators' connections
+TELL_S = 60.0  # at most so often that there are too many connections
 
 log = logging.getLogger(__name__)
 
 
-async def listen(app: web.Application, host: str, port: int, limits: Limits) -> web.AppRunner:
-    """Serve `app`; a client that goes cancels its handler, and one that sends no whole head in time is dropped. Raises
-    ConfigError when the address is taken."""
+def connections_allowed() -> int:
+    """How many connections of clients there may be, once the process may have the descriptors for them, or as many as
+    the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS + RESERVED
+    if resource.RLIM_INFINITY not in (soft, hard):
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(wanted - RESERVED, wanted // 2)
+
+
+async def listen(
+    app: web.Application, host: str, port: int, limits: Limits, connections: int = CONNECTIONS
+) -> web.AppRunner:
+    """Serve `app`; a client that goes cancels its handler, and one that sends no whole head in time is dropped. One
+    connection more than there may be ends the one that has been without a request for longest. Raises ConfigError when
+    the address is taken."""
     app.on_response_prepare.append(tell_who_serves)
     runner = Runner(
         app,
+        connections=connections,
+        auto_decompress=False,  # what inflates to a thousand times its size would be work before it is known whose
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=LAST_WORDS_S,
@@ -76,14 +101,57 @@ class Runner(web.AppRunner):
 
 
 class Server(web.Server):
+    """At most so many `connections`."""
+
+    def __init__(self, *given: Any, connections: int, **named: Any):
+        super().__init__(*given, **named)
+        self._most, self._tell_at = connections, 0.0
+
     def __call__(self) -> web.RequestHandler:
         return Connection(self, loop=self._loop, **self._kwargs)
+
+    def connection_made(self, handler: "Connection", transport: asyncio.Transport) -> None:
+        if len(self._connections) >= self._most:
+            self._tell()
+            idle = next((one for one in self._connections if one.idle), None)
+            if idle is None:
+                transport.abort()
+            else:
+                idle.force_close()
+        super().connection_made(handler, transport)
+
+    def _tell(self) -> None:
+        if self._loop.time() >= self._tell_at:
+            log.warning("there are %d connections, and more come: those without a request are closed", self._most)
+            self._tell_at = self._loop.time() + TELL_S
 
 
 class Connection(web.RequestHandler):
     """One client's connection."""
 
     __slots__ = ()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for the head of a request."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        transport.max_size = READ_BYTES
+        unsent = (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        transport.get_extra_info("socket").setsockopt(*unsent)
+        super().connection_made(transport)
+
+    async def finish_response(self, request: web.BaseRequest, *rest: Any) -> tuple[web.StreamResponse, bool]:
+        """After the answer to a request whose body nobody wants, of a length that was not told, nothing is taken in any
+        more: it is dropped as it comes, for its chunks may be work. One of a told length is read to its end."""
+        if unwanted := request.content_length is None and not request.content.is_eof():
+            rest[0].force_close()
+        try:
+            return await super().finish_response(request, *rest)
+        finally:
+            if unwanted:
+                self.close()
 
     def handle_error(
         self,
