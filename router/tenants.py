@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC
 from pathlib import Path
@@ -119,15 +120,17 @@ class LiveTenants:
         return self.now.authenticate(authorization)
 
     async def watch(self, changed: Callable[[Tenants], None]) -> None:
-        """Look again and again, until cancelled. `changed` is told of other tenants, at once."""
-        while self._path is not None:
-            await asyncio.sleep(LOOK_EVERY_S)
-            try:
-                if (found := await asyncio.to_thread(self.look)) is not None:
-                    self.now = found
-                    changed(found)
-            except Exception:
-                log.exception("looking at the tenants file failed: this is a bug")
+        """Look again and again, until cancelled. `changed` is told of other tenants, at once. The thread that looks does
+        nothing else: however many large requests wait for theirs, a revoked key is refused in time."""
+        with ThreadPoolExecutor(1, "tenants") as thread:
+            while self._path is not None:
+                await asyncio.sleep(LOOK_EVERY_S)
+                try:
+                    if (found := await asyncio.get_running_loop().run_in_executor(thread, self.look)) is not None:
+                        self.now = found
+                        changed(found)
+                except Exception:
+                    log.exception("looking at the tenants file failed: this is a bug")
 
     def look(self) -> Tenants | None:
         """The tenants of a file that is another than the one last read; None if it is the same, or has changed since

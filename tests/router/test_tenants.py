@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
@@ -413,6 +415,30 @@ def test_watching_swaps_the_tenants_and_tells_of_them(two, monkeypatch):
     asyncio.run(main())
     with pytest.raises(Unauthenticated):
         live.authenticate(f"Bearer {first}")
+
+
+def test_watching_waits_for_no_other_work(two, monkeypatch):
+    """A revoked key is refused while every other thread is taken."""
+    path, first, _ = two
+    monkeypatch.setattr(tenants_module, "LOOK_EVERY_S", 0.001)
+    live, told, go_on = LiveTenants(path), asyncio.Event(), threading.Event()
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        taken = [asyncio.create_task(asyncio.to_thread(go_on.wait)) for _ in range(9)]
+        watching = asyncio.create_task(live.watch(lambda changed: told.set()))
+        try:
+            write_file(path, without_key(read_file(path), first.split("-")[1]))
+            async with asyncio.timeout(10):
+                await told.wait()
+            with pytest.raises(Unauthenticated):
+                live.authenticate(f"Bearer {first}")
+        finally:
+            go_on.set()
+            await asyncio.gather(*taken)
+            watching.cancel()
+
+    asyncio.run(main())
 
 
 def test_without_a_file_there_is_nothing_to_watch():
