@@ -59,13 +59,15 @@ class Breaker:
         await self._is_closed.wait()
 
     async def close(self) -> None:
-        """Try no more."""
+        """Open for good."""
+        self.closed = False
+        self._is_closed.clear()
         if self._mending is not None:
             self._mending.cancel()
             await asyncio.gather(self._mending, return_exceptions=True)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless, once started, it is being mended if it is open, and not if it is closed."""
+        """From `start` to `close`: raise RuntimeError unless it is being mended if open, and not if closed."""
         mending = self._mending is not None and not self._mending.done()
         if self.closed != self._is_closed.is_set() or self.closed == mending:
             raise RuntimeError(f"a breaker is closed: {self.closed}, and is being mended: {mending}")

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 BUDGET_S = 0.05
 LATE_S = 0.01  # a budget whose end is noticed so much later, or of which Redis had less than half, is no fault of Redis
-CONNECT_S = 1.0
+CONNECT_S = 2.0
 CALLS_AT_ONCE = 8
 BATCH = 256  # announcements in one round trip
 HINT_MS, CLAIM_MS = int(HINT_S * 1000), int(CLAIM_S * 1000)
@@ -66,7 +66,7 @@ class RedisDirectory:
         self._announcing: asyncio.Task[None] | None = None
         self._at_once = asyncio.Semaphore(CALLS_AT_ONCE)
         self._under_way: set[asyncio.Task] = set()
-        self._decode = Decoder()
+        self._decode = Decoder(me)
         self._counts: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
 
@@ -86,9 +86,9 @@ class RedisDirectory:
 
     async def locate(self, keys: Sequence[Key]) -> list[tuple[Holder, ...]]:
         """One round trip. If some servers of a cluster fail us, the segments of the others are answered."""
-        asked = segments(keys)
 
         async def locate(pipe: Pipe) -> list[tuple[Holder, ...]]:
+            asked = segments(keys)
             found: list[tuple[Holder, ...]] = []
             replies = await pipe.run([["MGET", *segment] for segment in asked])
             for segment, reply in zip(asked, replies, strict=True):
@@ -96,7 +96,7 @@ class RedisDirectory:
                     self._saw(reply, pipe)
                     found += [()] * (len(segment) // PLACES)
                 else:
-                    found += self._others(reply)
+                    found += self._decode.holders(reply)
             return found
 
         return await self._call(locate, [()] * len(keys)) if keys else []
@@ -109,7 +109,7 @@ class RedisDirectory:
             won, value = await pipe.run([self._claim(at, "NX"), ["GET", at]])
             if _good(won) is not None:
                 return None
-            owner = self._decode(_text(value))
+            owner = self._decode.holder(_text(value))
             if owner is not None and owner != instead_of and owner.address != self._me.address:
                 return owner
             if owner != self._me:
@@ -133,14 +133,15 @@ class RedisDirectory:
             await self._call(renew, None)
 
     async def close(self) -> None:
-        """Calls under way end first. What is still to be announced is not."""
+        """Calls under way end first, later ones are answered as on a miss. What still waits is not announced."""
         if self._announcing is not None:
             self._announcing.cancel()
             await asyncio.gather(self._announcing, return_exceptions=True)
         await self._breaker.close()
         await asyncio.gather(*self._under_way)
-        if self._pipe is not None:
-            await self._pipe.close()
+        pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            await pipe.close()
 
     def stats(self) -> RedisDirectoryStats:
         return RedisDirectoryStats(
@@ -177,7 +178,7 @@ class RedisDirectory:
 
     async def _within_budget(self, ask: Callable[[Pipe], Awaitable[T]], otherwise: T) -> T:
         now = asyncio.get_running_loop().time
-        pipe, asked = None, now() + BUDGET_S
+        pipe, asked = None, now() + BUDGET_S  # not yet
         try:
             async with asyncio.timeout(BUDGET_S) as budget, self._at_once:
                 if (pipe := self._pipe) is not None:
@@ -263,22 +264,6 @@ class RedisDirectory:
 
     def _claim(self, at: str, when: str) -> Command:
         return ["SET", at, self._value, when, "PX", CLAIM_MS]
-
-    def _others(self, values: Sequence[Reply]) -> list[tuple[Holder, ...]]:
-        """By name, of the values at all its places."""
-        found: list[tuple[Holder, ...]] = []
-        for i in range(0, len(values), PLACES):
-            here = values[i : i + PLACES]
-            if here == NOBODY:
-                found.append(())
-                continue
-            holders = {one.address: one for value in here if (one := self._decode(value)) is not None}
-            holders.pop(self._me.address, None)
-            found.append(tuple(holders.values()))
-        return found
-
-
-NOBODY = [None] * PLACES
 
 
 def _good(reply: Reply) -> Reply:

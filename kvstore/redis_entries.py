@@ -19,6 +19,7 @@ CHECK_BYTES = 4
 BOOT_ID_BYTES = 16
 MAX_VALUE_BYTES = CHECK_BYTES + 1 + BOOT_ID_BYTES + 261  # a DNS name of 255 bytes, a colon and a port
 MAX_KNOWN = 1024
+ENDS = tuple(f":{place}" for place in range(PLACES))
 
 
 def hint_key(key: Key, place: int) -> str:
@@ -38,13 +39,16 @@ def segments(keys: Sequence[Key]) -> list[list[str]]:
     """All places of each key, in order, cut where the anchor changes: what one MGET can ask for."""
     found: list[list[str]] = []
     anchor = None
-    for key in keys:
-        if key.anchor != anchor:
-            anchor = key.anchor
+    for key_anchor, key_name in keys:
+        if key_anchor != anchor:
+            anchor = key_anchor
             start = f"{KEY_PREFIX}{{{anchor[:8].hex()}}}:"
-            found.append([])
-        name = start + key.name[:16].hex()
-        found[-1] += [f"{name}:{place}" for place in range(PLACES)]
+            segment: list[str] = []
+            found.append(segment)
+            append = segment.append
+        name = start + key_name[:16].hex()
+        for end in ENDS:
+            append(name + end)
     return found
 
 
@@ -68,21 +72,35 @@ def decode(value: object) -> Holder | None:
 
 
 class Decoder:
-    """Values that were seen are known: there are as many as nodes. `bad` counts those that `encode` did not make."""
+    """What Redis has for one node, which is not told of itself. `bad` counts values that `encode` did not make.
 
-    def __init__(self) -> None:
+    What was seen is known: there are few different values, for they name nodes.
+    """
+
+    def __init__(self, me: Holder) -> None:
         self.bad = 0
-        self._known: dict[bytes, Holder] = {}
+        self._me = me
+        self._known: dict[tuple[object, ...], tuple[Holder, ...]] = {}
 
-    def __call__(self, value: object) -> Holder | None:
+    def holder(self, value: object) -> Holder | None:
         if value is None:
             return None
-        if isinstance(value, bytes) and (holder := self._known.get(value)) is not None:
-            return holder
         if (holder := decode(value)) is None:
             self.bad += 1
-            return None
-        if len(self._known) == MAX_KNOWN:
-            self._known.clear()
-        self._known[value] = holder
         return holder
+
+    def holders(self, values: Sequence[object]) -> list[tuple[Holder, ...]]:
+        """Of names, who else has each: `PLACES` values a name."""
+        known = self._known.get
+        names = zip(*[iter(values)] * PLACES, strict=True)
+        return [found if (found := known(name)) is not None else self._others(name) for name in names]
+
+    def _others(self, values: tuple[object, ...]) -> tuple[Holder, ...]:
+        bad = self.bad
+        holders = [holder for value in values if (holder := self.holder(value)) is not None]
+        others = {holder.address: holder for holder in holders if holder.address != self._me.address}
+        if self.bad == bad:  # those are counted each time
+            if len(self._known) == MAX_KNOWN:
+                self._known.clear()
+            self._known[values] = tuple(others.values())
+        return tuple(others.values())

@@ -100,6 +100,13 @@ class RedisServer:
         with self.client() as client:
             return client.execute_command(*command)
 
+    def role(self) -> str:
+        """master or slave; empty while it cannot be asked."""
+        try:
+            return self.ask("ROLE")[0].decode()
+        except redis.RedisError:
+            return ""
+
     def flush(self) -> None:
         self.ask("FLUSHALL")
 

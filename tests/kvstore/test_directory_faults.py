@@ -144,6 +144,37 @@ def test_redis_is_not_there_at_the_start(server, lines):
     play(story())
 
 
+@pytest.mark.parametrize("tls", ["", "s"])
+@pytest.mark.parametrize("where", ["redis{s}://127.0.0.1:1", "redis{s}+sentinel://127.0.0.1:1,127.0.0.1:2/main",
+                                   "redis{s}+cluster://127.0.0.1:1,127.0.0.1:2"])  # fmt: skip
+def test_nothing_is_there_at_all(where, tls, lines):
+    async def story():
+        async with Story(where.replace("{s}", tls)) as at:
+            await at.misses()
+            assert at.reader.stats().errors.keys() <= {"connection", "sentinel", "cluster"}
+            assert len(lines("WARNING")) == 2
+
+    play(story())
+
+
+def test_a_closed_directory_answers_as_on_a_miss(server):
+    async def story():
+        async with Story(server.url) as at:
+            await at.told()
+            third = await RedisDirectory.open(at.target, B)
+            asking = asyncio.create_task(third.locate(KEYS))
+            await asyncio.sleep(0)
+            await third.close()
+            assert await asking == [(A,)] * len(KEYS), "it was under way"
+            assert await third.locate(KEYS) == [()] * len(KEYS)
+            assert await third.claim(KEYS[0]) is None
+            await third.renew(KEYS[:1])
+            await third.announce(KEYS)
+            assert third.stats().errors == {}
+
+    play(story())
+
+
 def test_redis_is_flushed(server, patience):
     async def story():
         async with Story(server.url) as at:
@@ -174,7 +205,7 @@ def test_redis_is_paused(server, pause_s, lines):
             assert waited[0] < BUDGET_S + SLACK_S
             assert max(waited[1:]) < SLACK_S, "only the first one waits"
             assert median(waited) < 0.001
-            assert at.reader.stats().errors["timeout"] >= 2, "it was tried again meanwhile"
+            assert at.reader.stats().errors["timeout"] >= (2 if pause_s > 4 else 1), "it was tried again meanwhile"
             server.resume()
             await at.heals()
             assert at.reader.stats().opened == 1
@@ -567,13 +598,13 @@ def test_sentinel_fails_over():
             sentinels.master.kill()
             await at.misses()
             await at.heals()
-            assert sentinels.replica.ask("ROLE")[0] == b"master"
+            assert sentinels.replica.role() == "master"
             sentinels.sentinels[0].resume()
             sentinels.master.start()
-            await until(lambda: sentinels.master.ask("ROLE")[0] == b"slave")
+            await until(lambda: sentinels.master.role() == "slave")
             await at.heals()
             await until(sentinels.fail_over)
-            await until(lambda: sentinels.master.ask("ROLE")[0] == b"master", 30)
+            await until(lambda: sentinels.master.role() == "master", 30)
             await at.heals(keys_of("after", 100))
             assert sentinels.master.ask("DBSIZE") >= 100
 
