@@ -28,8 +28,13 @@ class Probe:
         self._layout = BlockLayout(**node["layout"])
 
     def names(self, tokens: Sequence[int], tenant: str = "acme", salt: str = "") -> list[BlockName]:
-        scope = CacheScope(self._tenants[TenantId(tenant)].keys, self._fingerprint, self._layout, salt)
-        return scope.chain(tokens)
+        return self._scope(tenant, salt).chain(tokens)
+
+    def root(self, tenant: str = "acme", salt: str = "") -> BlockName:
+        return self._scope(tenant, salt).root()
+
+    def _scope(self, tenant: str, salt: str) -> CacheScope:
+        return CacheScope(self._tenants[TenantId(tenant)].keys, self._fingerprint, self._layout, salt)
 
     def present(self, names: Sequence[BlockName]) -> list[bool]:
         """Which blocks are committed now."""
@@ -76,10 +81,14 @@ class Probe:
 
 def flip_bit(store_pid: int, offset: int) -> None:
     """In the arena of a store process."""
-    fds = Path(f"/proc/{store_pid}/fd")
-    (arena,) = [fd for fd in fds.iterdir() if os.readlink(fd).startswith("/memfd:kvferry-arena")]
-    with open(arena, "r+b", buffering=0) as memory:
+    with open(arena_of(store_pid), "r+b", buffering=0) as memory:
         memory.seek(offset)
         (byte,) = memory.read(1)
         memory.seek(offset)
         memory.write(bytes([byte ^ 1]))
+
+
+def arena_of(store_pid: int) -> Path:
+    """As a file; a node may have it open twice."""
+    fds = Path(f"/proc/{store_pid}/fd")
+    return next(fd for fd in fds.iterdir() if os.readlink(fd).startswith("/memfd:kvferry-arena"))
