@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from kvferry.common.store_api import BlockStore, StoreStats
 from kvferry.router.accounting import Metrics
+from kvferry.router.conflicts import conflicts
 from kvferry.router.guard import guard
 from kvferry.router.limits import Limits
 from kvferry.router.nodes import Node, Nodes
@@ -32,10 +33,13 @@ NODE_GAUGES = (
 NODE_COUNTERS = ("preemptions", "pulled_bytes", "published_bytes", "bad_blocks")
 STORE_COUNTERS = (
     "published",
+    "brought",
+    "sent",
     "already_there",
     "publish_dropped",
     "late_commits",
     "evicted",
+    "erased",
     "bad_blocks",
     "lookups",
     "blocks_looked_up",
@@ -45,7 +49,7 @@ STORE_COUNTERS = (
 
 PAGES = {
     "/metrics": "for Prometheus: requests, tokens, latencies, and the numbers of each worker and the store",
-    "/nodes": "each worker and the store now, and what is missing",
+    "/nodes": "each worker and the store now, what is missing, and workers that do not go together",
     "/health": "200 as long as this router lives",
     "/ready": "200 as soon as it can answer; `missing` has what it does without",
 }
@@ -65,6 +69,7 @@ def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics, probes: Probes,
         stats = await store.stats()
         told = {
             "missing": probes.missing(),
+            "conflicts": list(conflicts(nodes)),
             "router": {"tasks": len(asyncio.all_tasks())},
             "nodes": [describe(node) for node in nodes.all],
             "store": stats and msgspec.structs.asdict(stats) | {"boot_id": stats.boot_id.hex()},

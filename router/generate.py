@@ -12,7 +12,7 @@ from aiohttp import web
 
 from kvferry.common.clock import Clock
 from kvferry.common.config import RouterConfig
-from kvferry.common.errors import KvferryError, outcome_of
+from kvferry.common.errors import InvalidRequest, KvferryError, outcome_of
 from kvferry.common.values import counted
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.answers import Answer, error_body, usage_of_all
@@ -111,6 +111,9 @@ class Generator:
         grant: Grant,
         request_id: str,
     ) -> list[Job]:
+        if (most := self._models.most_choices(model.name)) is not None and asked.n > most:
+            told = f"n is {asked.n}; the workers of {model.name} give at most {counted(most, 'answer')} to a prompt"
+            raise InvalidRequest(told, "n")
         pools = [node.status.total_blocks for node in self._models.decode(model.name)]
         blocks, block_size = max(pools), model.layout.block_size
         if (most := tenant.limits.kv_blocks) is not None:

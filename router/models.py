@@ -5,11 +5,13 @@ import gc
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvferry.common.errors import ConfigError, InvalidRequest, ModelNotFound, Unavailable
 from kvferry.common.values import counted
+from kvferry.router.conflicts import conflicts
 from kvferry.router.defaults import NO_DEFAULTS, SamplingDefaults, load_defaults
+from kvferry.router.limits import Limits
 from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import least_loaded
 from kvferry.router.text import Tokenizer, load_tokenizer
@@ -31,11 +33,14 @@ class Models:
     """Which models are served, as the workers announce them. Text sides are loaded once for each place they are at, and
     kept; a name belongs to whoever announces it now."""
 
-    def __init__(self, nodes: Nodes, own_defaults: bool):
-        self._nodes, self._own_defaults = nodes, own_defaults
+    def __init__(self, nodes: Nodes, own_defaults: bool, promised: int = 0):
+        """`promised`: answers to a prompt that a request may ask for, as far as the router is concerned."""
+        self._nodes, self._own_defaults, self._promised = nodes, own_defaults, promised
         self._sides: dict[str, TextSide] = {}
         self._again_at: dict[str, float] = {}  # places that could not be loaded, and when to try once more
         self._names: dict[str, int] = {}
+        self._aliases: dict[str, str] = {}  # other names, and what goes by them
+        self._told: set[str] = set()  # what is logged once
         self._heard: set[str] = set()  # addresses of decode nodes that have announced a model
 
     async def load(self, place: str, revision: str | None = None) -> None:
@@ -55,6 +60,7 @@ class Models:
         while True:
             version = self._nodes.version
             self._known()
+            self._tell_operators()
             wanted = [node for node in self._nodes.decode if node.ready and self._wanted(node.model.tokenizer)]
             for node in wanted:
                 await self._load_of(node)
@@ -62,6 +68,19 @@ class Models:
                 await self._nodes.tell()  # who waits for a model may find it now
             else:
                 await self._nodes.changed_since(version)
+
+    def _tell_operators(self) -> None:
+        """Log what is wrong between workers, or between them and this router; each thing once."""
+        for told in (*conflicts(self._nodes), *self._broken_promises()):
+            if told not in self._told:
+                self._told.add(told)
+                log.warning("%s", told)
+
+    def _broken_promises(self) -> Iterator[str]:
+        for node in self._nodes.decode:
+            if node.ready and 0 < node.status.max_choices < self._promised:
+                most = counted(node.status.max_choices, "answer")
+                yield f"decode node at {node.address} gives at most {most} to a prompt; --max-n allows {self._promised}"
 
     def _wanted(self, place: str) -> bool:
         return place not in self._sides and time.monotonic() >= self._again_at.get(place, 0)
@@ -102,6 +121,7 @@ class Models:
         for node in self._nodes.all:
             if node.ready:
                 self._names.setdefault(node.model.name, int(time.time()))
+                self._aliases |= dict.fromkeys(node.status.other_names, node.model.name)
                 if node.role == "decode":
                     self._heard.add(node.address)
         return self._names
@@ -111,18 +131,22 @@ class Models:
         self._known()
         return [node for node in self._nodes.decode if node.address not in self._heard]
 
+    def _called(self, asked: str | None) -> str | None:
+        """The first name of what goes by this one, if anything does."""
+        return asked if asked in self._known() else self._aliases.get(asked)
+
     def settled(self, asked: str | None) -> bool:
         """Whether it is known if a model of that name is served here; without a name, whether any is."""
-        known = self._known()
-        return bool(known) if asked is None else asked in known or not self._unheard()
+        if asked is None:
+            return bool(self._known())
+        return self._called(asked) is not None or not self._unheard()
 
     def name_of(self, asked: str | None) -> str:
-        """The name of the model that a request is for. Raises ModelNotFound, InvalidRequest for a request that leaves
-        open which of several, Unavailable as long as it is not settled."""
-        known = self._known()
-        if asked in known:
-            return asked
-        if not known:
+        """The name of the model that a request is for, of several its first. Raises ModelNotFound, InvalidRequest for a
+        request that leaves open which model, Unavailable as long as it is not settled."""
+        if (name := self._called(asked)) is not None:
+            return name
+        if not (known := self._known()):
             raise Unavailable(f"{self._nodes.missing()}; try again later")
         if not self.settled(asked):
             silent = counted(len(self._unheard()), "decode node")
@@ -137,10 +161,23 @@ class Models:
         return next(iter(known))
 
     def up(self) -> list[tuple[str, int, int]]:
-        """Name, since when, and longest context in tokens, of each model that is served now, by name."""
-        known = self._known()
-        serving = {name: self.decode(name) for name in sorted(known)}
-        return [(name, known[name], nodes[0].model.max_model_len) for name, nodes in serving.items() if nodes]
+        """Name, since when, and longest context in tokens, of each model that is served now, by name; after its first
+        name a model is there under each other one."""
+        known, told = self._known(), []
+        for first in sorted(known):
+            if nodes := self.decode(first):
+                others = dict.fromkeys(name for node in nodes for name in node.status.other_names if name not in known)
+                told += [(name, known[first], nodes[0].model.max_model_len) for name in (first, *others)]
+        return told
+
+    def most_choices(self, name: str) -> int | None:
+        """Answers to a prompt that the workers of a model can give, as far as it is known."""
+        return max((node.status.max_choices for node in self.decode(name)), default=0) or None
+
+    def bounded(self, limits: Limits) -> Limits:
+        """With the answers to a prompt that some model's workers can give."""
+        found = [self.most_choices(name) for name in self._known()]
+        return replace(limits, n=min([limits.n, *([max(found)] if found and None not in found else [])]))
 
     def missing(self) -> str:
         """Why nothing can be answered, or not as it should be, for a person; empty when all is well."""

@@ -40,6 +40,14 @@ UP = pb.WorkerStatus(
 )
 
 
+def another(**fields: object) -> pb.WorkerStatus:
+    """As UP, but for these."""
+    status = pb.WorkerStatus()
+    status.CopyFrom(UP)
+    status.MergeFrom(pb.WorkerStatus(**fields))
+    return status
+
+
 class AStore:
     """One that can be away."""
 

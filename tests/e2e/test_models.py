@@ -39,8 +39,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
     def worker(role: str, model: str) -> list[str]:
         flags = [f"--listen=unix:{folder}/{role}-{model}", f"--store={folder}/store", "--threads=1", "--dtype=float32"]
-        return [role, str(checkpoints[model]), f"--served-model-name=model-{model}", "--num-gpu-blocks-override=64",
-                *flags]  # fmt: skip
+        names = [f"--served-model-name={name}-{model}" for name in ("model", "also")]
+        return [role, str(checkpoints[model]), *names, "--num-gpu-blocks-override=64", "--max-num-seqs=8", *flags]
 
     commands = {
         "store": ["store", f"--socket={folder}/store", "--size=16MiB"],
@@ -65,7 +65,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             died = [name for name, process in workers.items() if process.poll() is not None]
             assert not died, f"{died} ended: {Path(folder / 'log').read_text()[-3000:]}"
             try:
-                return house.models() == ["model-a", "model-b"]
+                return house.models() == ["model-a", "also-a", "model-b", "also-b"]
             except httpx.TransportError:
                 return False
 
@@ -86,6 +86,26 @@ def test_each_request_is_answered_by_the_model_it_names(house):
         assert answers["b"]["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "what a has computed is not b's"
 
 
+def test_a_model_answers_to_each_of_its_names_by_its_first(house):
+    prompt = Prompts("names").tokens(20)
+    for name, oracle in house.oracles.items():
+        answer = house.ask(f"also-{name}", prompt).json()
+        assert answer["model"] == f"model-{name}"
+        assert oracle.refuses(prompt, answer["choices"][0]["token_ids"]) == ""
+
+
+def test_no_more_answers_are_promised_than_workers_give(house):
+    """The router alone would allow 64, until it hears of them."""
+    body = {"model": "model-a", "prompt": [65], "n": 9}
+    refused = httpx.post(f"{house.url}/v1/completions", json=body, timeout=10)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (
+        400, "n is 9; the workers of model-a give at most 8 answers to a prompt")  # fmt: skip
+    fields = httpx.get(f"{house.url}/openapi.json", timeout=10).json()["components"]["schemas"]["ChatBody"][
+        "properties"
+    ]
+    assert fields["n"]["anyOf"][0]["maximum"] == 8
+
+
 def test_which_models_there_are(house):
     unknown = house.ask("model-c", [65])
     assert unknown.status_code == 404
@@ -99,7 +119,7 @@ def test_which_models_there_are(house):
 
 def test_one_model_goes_and_the_other_stays(house):
     house.workers["b"].kill()
-    until(lambda: house.models() == ["model-a"], 10, "b gone from the list")
+    until(lambda: house.models() == ["model-a", "also-a"], 10, "b gone from the list")
     before = time.monotonic()
     gone = house.ask("model-b", [65, 66])
     assert (gone.status_code, time.monotonic() - before < 5) == (503, True)

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import pytest
 from aiohttp import ClientSession
-from fronts import CONFIG, UP, with_house
+from fronts import CONFIG, UP, another, with_house
 
 from kvferry.cli.demo_model import byte_tokenizer
 from kvferry.common.clock import ManualClock
 from kvferry.common.errors import DeadlineExceeded, Overloaded, Unauthenticated, Unavailable
 from kvferry.common.hashing import TenantKeys
-from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.sampling import SamplingParams
 from kvferry.common.store_api import Match
 from kvferry.router import flow as flow_module
@@ -48,6 +47,40 @@ def test_models_are_those_that_are_up():
             assert (await answer.json())["id"] == "name"
         async with session.get(f"{url}/v1/models/m") as answer:
             assert answer.status == 404
+
+    with_front(use)
+
+
+def test_a_model_is_there_under_each_of_its_names():
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        nodes.decode[0].status, nodes.decode[0].subscription.open = another(other_names=["nick", "org/nick"]), True
+        async with session.get(f"{url}/v1/models") as answer:
+            assert [one["id"] for one in (await answer.json())["data"]] == ["name", "nick", "org/nick"]
+        for name in ("name", "nick", "org/nick"):
+            async with session.get(f"{url}/v1/models/{name}") as answer:
+                assert (answer.status, (await answer.json())["id"]) == (200, name)
+            async with session.post(f"{url}/tokenize", data=json.dumps({"model": name, "prompt": "a"})) as answer:
+                assert answer.status == 200
+
+    with_front(use)
+
+
+def test_no_more_answers_are_promised_than_workers_give():
+    """By the document, and by the refusal of more, once they have said how many that are."""
+
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        async def promised() -> int:
+            async with session.get(f"{url}/openapi.json") as answer:
+                schema = (await answer.json())["components"]["schemas"]["CompletionBody"]["properties"]["n"]
+            return schema["anyOf"][0]["maximum"]
+
+        assert await promised() == 64
+        nodes.decode[0].status, nodes.decode[0].subscription.open = another(max_choices=8), True
+        assert await promised() == 8
+        async with session.post(f"{url}/v1/completions", data=json.dumps({"prompt": "a", "n": 9})) as answer:
+            error = (await answer.json())["error"]
+        assert (answer.status, error["param"]) == (400, "n")
+        assert error["message"] == "n is 9; the workers of name give at most 8 answers to a prompt"
 
     with_front(use)
 
@@ -192,13 +225,6 @@ def test_a_request_waits_for_its_place_no_longer_than_it_may(asked_s, allowed_s,
 
     asyncio.run(main())
     assert waited == [pytest.approx(3.0)]
-
-
-def another(**fields: object) -> pb.WorkerStatus:
-    status = pb.WorkerStatus()
-    status.CopyFrom(UP)
-    status.MergeFrom(pb.WorkerStatus(**fields))
-    return status
 
 
 def test_a_stream_goes_on_on_the_very_model_that_it_began_on(monkeypatch):

@@ -1,7 +1,7 @@
 """What probes and operators are told, on the clients' listener and on their own."""
 
 import pytest
-from fronts import UP, House, with_house
+from fronts import UP, House, another, with_house
 
 from kvferry.router.admin import PAGES
 from kvferry.router.probes import NO_STORE
@@ -43,6 +43,21 @@ def test_ready_is_who_has_a_decode_worker():
                 assert body["missing"] == missing
                 assert (body["store"] is None) == (not house.store.there)
         assert not [one for one in house.metrics.requests.collect()[0].samples if one.value], "probes are no requests"
+
+    with_house(use)
+
+
+def test_operators_see_workers_that_do_not_go_together():
+    async def use(house: House) -> None:
+        (prefill,), (decode,) = house.nodes.prefill, house.nodes.decode
+        prefill.status, decode.status, decode.subscription.open = UP, another(fingerprint=b"o" * 32), True
+        async with house.http.get(f"{house.admin}/nodes") as answer:
+            told = await answer.json()
+        assert told["conflicts"] == [
+            "prefill 127.0.0.1:1 and decode 127.0.0.1:2 announce 'name' for different models: model fingerprint "
+            "666666666666 against 6f6f6f6f6f6f"
+        ]
+        assert told["nodes"][1]["other_names"] == []
 
     with_house(use)
 

@@ -4,18 +4,11 @@ import asyncio
 import json
 from dataclasses import replace
 
-from fronts import CONFIG, UP, House, with_house
+from fronts import CONFIG, UP, House, another, with_house
 
 from kvferry.common.proto import worker_pb2 as pb
 
 PATIENT = replace(CONFIG, prefill=(), decode=("unix:/d0", "unix:/d1"), node_wait_s=30.0)
-
-
-def another(name: str) -> pb.WorkerStatus:
-    status = pb.WorkerStatus()
-    status.CopyFrom(UP)
-    status.served_model_name = name
-    return status
 
 
 async def come(house: House, number: int, status: pb.WorkerStatus | None) -> None:
@@ -57,7 +50,7 @@ def test_a_model_whose_worker_has_not_come_yet_may_be_that_of_one_that_has_not()
         waiting = asking(house, "blue")
         await under_way(house, 1)
         assert (await asyncio.wait_for(asking(house, "name"), 10))[0] == 200, "it has its worker"
-        await come(house, 1, another("blue"))
+        await come(house, 1, another(served_model_name="blue"))
         assert (await asyncio.wait_for(waiting, 10))[0] == 200
         await come(house, 1, None)
         assert (await asyncio.wait_for(asking(house, "green"), 10))[0] == 404, "all have said what they run"
