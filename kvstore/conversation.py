@@ -215,7 +215,11 @@ class Conversation:
             [Claim.TAKEN if i >= first and claim is Claim.GRANTED else claim
              for i, claim in enumerate(reservation.claims)]
         )  # fmt: skip
-        return say.Reserved(request.id, structs.replace(reservation, claims=claims))
+        lease = reservation.lease
+        if not {Claim.GRANTED, Claim.PRESENT} & set(claims):  # it holds nothing any more
+            self._index.release(self._connection, lease)
+            lease = 0
+        return say.Reserved(request.id, structs.replace(reservation, claims=claims, lease=lease))
 
     async def _send(self, reply: say.Reply) -> None:
         self._writer.write(say.encode(reply))

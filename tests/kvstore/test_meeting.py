@@ -1,0 +1,224 @@
+"""Stores that do not belong together: neither serves the other, and both say why, once."""
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+from peer_stories import clients_of, nothing_held, publish, pulled, run
+
+from kvferry.common.errors import IncompatibleNode
+from kvferry.kvstore import peering
+from kvferry.kvstore.peering import Call, Challenge, Fetch, Identity, Sending, Sent
+from kvferry.kvstore.protocol import ProtocolError
+
+SECRET = "the secret of all stores"
+TRIES = 100
+NO_ADDRESSES = ["nonsense", "127.0.0.1:99999", "127.0.0.1:" + "9" * 30, "[::1", ":", "x" * 290 + ":1", "h\0:1", "é:1"]
+
+
+def me(address="127.0.0.1:1", cluster="kvferry", secret=SECRET) -> Identity:
+    return Identity(cluster, address, os.urandom(16), secret.encode())
+
+
+def told(capfd, *parts) -> list[str]:
+    """The lines of the nodes' logs in which all of `parts` stand."""
+    lines = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    return [line for line in lines if all(part in line for part in parts)]
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        ({"secret": "another secret of stores"}, {}, "the same secret (--peer-secret-file)"),
+        ({"cluster": "other"}, {}, "is of the cluster 'kvferry', the caller of 'other'"),
+        ({}, {"block_bytes": 128 * 1024}, "has blocks of 65536 bytes, the caller of 131072"),
+    ],
+    ids=["secret", "cluster", "block_size"],
+)
+def test_strangers_are_refused_with_a_reason_in_both_logs(ground, config, changes, words, capfd):
+    async def story():
+        one, two = ground.peer(start=False), ground.peer(start=False, **config)
+        ground.start(one, two)
+        async with clients_of(ground, one) as (writer,), clients_of(ground, two, **changes) as (reader,):
+            names = ground.names("a", 20)
+            assert await publish(ground, writer, names) == 20
+            for _ in range(TRIES):
+                assert await pulled(ground, reader, names, holder=one.address, within_s=5) == 0
+            await nothing_held(ground, writer, reader)
+            assert (await reader.stats()).brought == 0
+            return one, two
+
+    one, _ = run(story())
+    lines = told(capfd, words)
+    assert len(lines) == 2, lines
+    assert [line for line in lines if line.startswith(f"the store at {one.address}: ")], "the one who called"
+    assert [line for line in lines if line.startswith("refused a store at 127.0.0.1: ")], "the one who was called"
+
+
+def test_another_version_is_refused_by_whoever_hears_of_it(ground, capfd):
+    async def story():
+        node = ground.peer()
+        loop = asyncio.get_running_loop()
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", int(node.address.split(":")[1]))) as peer:
+                peer.setblocking(False)
+                await loop.sock_sendall(peer, peering.frame(Call(2, "kvferry", "ask", "127.0.0.1:1", bytes(32))))
+                with pytest.raises(IncompatibleNode, match="speaks protocol version 1, the caller 2"):
+                    await peering.hear(peer, Challenge)
+
+        async def answer(peer):
+            call = await peering.hear(peer, Call)
+            answer = Challenge(2, "kvferry", "127.0.0.1:1", bytes(16), bytes(32), bytes(32))
+            await loop.sock_sendall(peer, peering.frame(answer))
+            with pytest.raises(IncompatibleNode, match=f"speaks protocol version 2, the caller {call.version}"):
+                await peering.hear(peer, peering.Proof)
+
+        async with clients_of(ground, node) as (client,), impostor(answer) as (address, met):
+            for _ in range(TRIES):
+                assert await pulled(ground, client, ground.names("a", 5), holder=address, within_s=2) == 0
+            await asyncio.gather(*met)
+            assert len(met) == 1, "it is left alone"
+
+    run(story())
+    refused, met = sorted(told(capfd, "protocol version"))
+    assert refused.startswith("refused a store at 127.0.0.1: ")
+    assert met.startswith("the store at 127.0.0.1:")
+
+
+def test_neither_side_can_be_answered_with_its_own_words():
+    """Who does not know the secret and passes on what others say proves nothing."""
+
+    async def story():
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for peer in (ours, theirs):
+                peer.setblocking(False)
+            calling = asyncio.create_task(peering.call(ours, me(), "ask"))
+            call = await peering.hear(theirs, Call)
+            mirrored = Challenge(call.version, call.cluster, call.address, bytes(16), call.nonce, bytes(32))
+            proof = peering.proof(SECRET.encode(), "caller", call, mirrored)
+            mirrored = Challenge(call.version, call.cluster, call.address, bytes(16), call.nonce, proof)
+            await loop.sock_sendall(theirs, peering.frame(mirrored))
+            with pytest.raises(IncompatibleNode, match="the same secret"):
+                await calling
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for peer in (ours, theirs):
+                peer.setblocking(False)
+            answering = asyncio.create_task(peering.answer(ours, me()))
+            await loop.sock_sendall(theirs, peering.frame(Call(1, "kvferry", "ask", "127.0.0.1:1", bytes(32))))
+            challenge = await peering.hear(theirs, Challenge)
+            await loop.sock_sendall(theirs, peering.frame(peering.Proof(challenge.proof)))
+            with pytest.raises(IncompatibleNode, match="the same secret"):
+                await answering
+
+    run(story())
+
+
+def test_what_a_refusal_says_makes_no_lines_of_its_own():
+    async def story():
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            await asyncio.get_running_loop().sock_sendall(theirs, peering.frame(peering.Refused("no\nERROR fire" * 99)))
+            with pytest.raises(ProtocolError, match=r"^no\?ERROR fire") as refused:
+                await peering.hear(ours, Challenge)
+            assert len(str(refused.value)) <= peering.MAX_REASON
+
+    run(story())
+
+
+LIES = {
+    "too many": "more blocks are sent than were asked for",
+    "none": "",
+    "cut": "the connection closed in the middle of a block",
+    "noise": "a frame of",
+    "nothing at all": "no answer within 1 s",
+}
+
+
+def test_one_that_sends_what_was_not_asked_for_costs_a_miss(ground, capfd):
+    """It knows the secret, and lies."""
+
+    async def story():
+        node = ground.peer()
+        async with clients_of(ground, node) as (client,):
+            for lie in LIES:
+                names = ground.names(lie, 9)
+                async with impostor(lambda peer, lie=lie: send(peer, lie, ground.block_bytes)) as (address, met):
+                    assert await pulled(ground, client, names, holder=address, within_s=5) == 0, lie
+                    await nothing_held(ground, client)
+                assert len(met) == 1, lie
+                stats = await client.stats()
+                assert (stats.brought, stats.bad_blocks) == (0, 0), lie
+                assert await publish(ground, client, names) == 9, "it can be computed here"
+                assert await pulled(ground, client, names) == 9
+        assert node.terminate() == 0
+
+    run(story())
+    err = capfd.readouterr().err
+    assert all(words in err for words in LIES.values()), err
+    assert "Traceback" not in err, err
+
+
+async def send(peer: socket.socket, lie: str, block_bytes: int) -> None:
+    loop = asyncio.get_running_loop()
+    await peering.answer(peer, me())
+    fetch = await peering.hear(peer, Fetch)
+    block, count = Sent(b"", bytes(32)), len(fetch.names)
+    match lie:
+        case "too many":
+            await loop.sock_sendall(peer, peering.frame(Sending((block,) * (count + 1))) + bytes(block_bytes))
+        case "none":
+            await loop.sock_sendall(peer, peering.frame(Sending(())))
+        case "cut":
+            await loop.sock_sendall(peer, peering.frame(Sending((block,) * count)) + bytes(block_bytes * 2 + 100))
+        case "noise":
+            await loop.sock_sendall(peer, b"\xff" * 1000)
+        case "nothing at all":
+            await loop.sock_recv(peer, 1)
+
+
+@asynccontextmanager
+async def impostor(answer: Callable[[socket.socket], Awaitable[None]]):
+    """Somebody at an address, and who it was that called: `answer` for each connection, which is closed then."""
+    met: list[asyncio.Task] = []
+
+    async def serve(peer: socket.socket) -> None:
+        with peer, suppress(OSError, EOFError):
+            await answer(peer)
+
+    async def accept() -> None:
+        while True:
+            peer, _ = await asyncio.get_running_loop().sock_accept(listener)
+            peer.setblocking(False)
+            met.append(asyncio.create_task(serve(peer)))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        accepting = asyncio.create_task(accept())
+        yield f"127.0.0.1:{listener.getsockname()[1]}", met
+        accepting.cancel()
+        await asyncio.wait([accepting])
+        await asyncio.gather(*met)
+
+
+def test_an_address_that_is_none_costs_a_miss(ground, capfd):
+    async def story():
+        node = ground.peer()
+        async with clients_of(ground, node) as (client,):
+            for i, holder in enumerate(NO_ADDRESSES):
+                names = ground.names(f"n{i}", 3)
+                assert await pulled(ground, client, names, holder=holder, within_s=5) == 0, holder
+                await nothing_held(ground, client)
+                assert await publish(ground, client, names) == 3
+            assert client.connects == 1
+
+    run(story())
+    assert "Traceback" not in capfd.readouterr().err
