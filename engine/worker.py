@@ -7,11 +7,13 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from typing import Protocol
 
 import grpc
 
 from kvferry.common.block import BlockLayout
+from kvferry.common.clock import WallClock
 from kvferry.common.config import WorkerConfig
 from kvferry.common.errors import ConfigError, IncompatibleNode, Unavailable
 from kvferry.common.process import Notifier
@@ -105,6 +107,7 @@ class Worker:
         self.engine = Engine(model, config.engine, thread)
         self.transfer = Transfer(self.engine.pool, self.engine.memory, store, config.single_flight_wait_s)
         self._node = uuid.uuid4().hex
+        self._clock, self._version = WallClock(), version("kvferry")
         self._streams = 0
         self._draining = self._closing = False
         self._watchers: set[asyncio.Event] = set()
@@ -205,6 +208,8 @@ class Worker:
             pulled_bytes=self.store.pulled_bytes,
             published_bytes=self.store.published_bytes,
             bad_blocks=self.store.bad_blocks,
+            clock=self._clock.now(),
+            version=self._version,
         )
 
     async def serve(

@@ -10,8 +10,9 @@ Each side proves the secret by HMAC-SHA256 over everything that both have said, 
 neither can be answered with its own words. The frames behind it are not protected: blocks that leave a host are
 sealed, so what somebody changes on the way is a miss, and what somebody reads are names, sizes and times.
 
-A connection is for one of two things. One to *ask* carries the messages of a client that may only look (protocol.py).
-One to *fetch* carries `Fetch`, answered by `Sending` and then by the bytes of the blocks, one after the other.
+A connection is for one of three things. One to *ask* carries the messages of a client that may only look (protocol.py).
+One to *fetch* carries `Fetch`, answered by `Sending` and then by the bytes of the blocks, one after the other. One to
+*measure* carries `Probe`, answered by `Probed` and then by zeros (measuring.py).
 """
 
 import asyncio
@@ -32,6 +33,7 @@ from kvferry.kvstore.protocol import LENGTH, MAX_FRAME_BYTES, Name, Proofs, Prot
 VERSION = 1
 NONCE_BYTES = 32
 MAX_FETCH = 8192  # blocks in one request
+MAX_PROBE = 64 * 2**20  # zeros in one answer
 MAX_GREETING_BYTES = 4096  # of a frame from somebody who has proved nothing yet
 MAX_REASON = 300  # characters of a refusal that are logged
 OTHER_SECRET = "the two stores do not know the same secret (--peer-secret-file)"
@@ -41,7 +43,7 @@ Nonce = Annotated[bytes, Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Hmac = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Address = Annotated[str, Meta(min_length=1, max_length=300)]
 BootId = Annotated[bytes, Meta(min_length=16, max_length=16)]
-Purpose = Literal["ask", "fetch"]
+Purpose = Literal["ask", "fetch", "measure"]
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):
@@ -87,10 +89,29 @@ class Sending(msgspec.Struct, frozen=True, tag="sending"):
     blocks: Annotated[tuple[Sent, ...], Meta(max_length=MAX_FETCH)]
 
 
-Said = TypeVar("Said", Call, Challenge, Proof, Accepted, Fetch, Sending)
-_DECODERS: dict[type, msgspec.msgpack.Decoder] = {
-    kind: msgspec.msgpack.Decoder(kind | Refused) for kind in (Call, Challenge, Proof, Accepted, Fetch, Sending)
-}
+class Probe(msgspec.Struct, frozen=True, tag="probe"):
+    """Say who you are, and send so many zeros behind it; or, where `of` is another node's address, have that one send
+    them to you, and say how it went."""
+
+    size: Annotated[int, Meta(ge=0, le=MAX_PROBE)]
+    of: Annotated[str, Meta(max_length=300)] = ""
+
+
+class Probed(msgspec.Struct, frozen=True, tag="probed"):
+    """`clock`: seconds since 1970, there. `release`: kvferry's. `block_bytes`: 0 before the first worker. The rest is
+    of another node; `problem` says why there is nothing of it."""
+
+    clock: float
+    release: Annotated[str, Meta(max_length=64)]
+    block_bytes: int = 0
+    round_trip_s: float = 0.0
+    bytes_per_s: float = 0.0
+    problem: Annotated[str, Meta(max_length=1000)] = ""
+
+
+Said = TypeVar("Said", Call, Challenge, Proof, Accepted, Fetch, Sending, Probe, Probed)
+KINDS = (Call, Challenge, Proof, Accepted, Fetch, Sending, Probe, Probed)
+_DECODERS: dict[type, msgspec.msgpack.Decoder] = {kind: msgspec.msgpack.Decoder(kind | Refused) for kind in KINDS}
 
 
 @dataclass(frozen=True, slots=True)

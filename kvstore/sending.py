@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvferry.common.errors import IncompatibleNode
-from kvferry.kvstore import peering
+from kvferry.kvstore import measuring, peering
 from kvferry.kvstore import protocol as say
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.conversation import Conversation, Waiters
@@ -58,7 +58,13 @@ class Sender:
             met = await self._meet(peer)
             self._peers += 1
             try:
-                await (self._answer(peer, met) if met.purpose == "ask" else self._send(peer, met))
+                match met.purpose:
+                    case "ask":
+                        await self._answer(peer, met)
+                    case "fetch":
+                        await self._send(peer, met)
+                    case "measure":
+                        await measuring.serve(peer, self._me, self._arena.block_bytes if self._arena else 0)
             finally:
                 self._peers -= 1
         except (ProtocolError, IncompatibleNode) as error:
