@@ -238,9 +238,8 @@ def main() -> None:
     figures = figures_of(done, soak.nodes, soak.all_workers)
     show(figures, soak.parts, soak.faults)
     if args.json:
-        args.json.write_text(
-            json.dumps({**figures, "run": {"seed": args.seed, "minutes": args.minutes}}, indent=2) + "\n"
-        )
+        run = {"seed": args.seed, "minutes": args.minutes, "counts": soak.done(), "faults": soak.faults}
+        args.json.write_text(json.dumps({**figures, "run": run}, indent=2) + "\n")
     if problems := soak.errors[:MOST_TOLD] + grown([*soak.nodes, *soak.all_workers]):
         sys.exit("\n".join(problems))
 

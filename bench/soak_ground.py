@@ -12,13 +12,13 @@ import numpy as np
 
 from kvferry.common.hashing import KEY_BYTES, NAME_BYTES, BlockName, Span
 
-BLOCK_BYTES = 256 * 2**10
+BLOCK_BYTES = 384 * 2**10
 SEGMENTS = 8
-SLOTS = 768  # of a node's arena; all nodes together have room for a third of what is published
+SLOTS = 1024  # of a node's arena: room for a quarter of all chains
 TENANTS = 4  # of which every other one's blocks are sealed
 CHAINS = 16  # of a tenant
-LONGEST = 160  # blocks of a chain
-FAMILY, SHARED = 4, 60  # so many chains begin with the same so many blocks
+LONGEST = 96  # blocks of a chain: more than a segment of the directory, more than one connection's turn
+FAMILY, SHARED = 4, 36  # so many chains begin with the same so many blocks
 POOL_BYTES, GRAIN = 64 * 2**20, 64  # a block's bytes are those of the pool from a multiple of the grain on
 
 

@@ -21,7 +21,7 @@ from soak_ground import BLOCK_BYTES, CHAINS, LONGEST, SEGMENTS, TENANTS, Chain, 
 
 from kvferry.common.config import LogConfig
 from kvferry.common.hashing import BlockName
-from kvferry.common.store_api import Claim, Payload
+from kvferry.common.store_api import Claim, MissReason, Payload
 from kvferry.common.telemetry import setup_logging
 from kvferry.kvstore.client import StoreClient
 
@@ -34,6 +34,7 @@ OWN = 0.3  # of all pulls are of what this worker published lately
 HOLDER = 0.3  # name a node that may have it, right or wrong
 WAIT = 0.3  # wait for others, up to
 WAIT_S = 1.0
+ALONE_S = 0.05  # from one piece of work to the next while there is no store: everything is computed
 FILLED = 0.5  # of all chains that were not there whole are published by who pulled
 PARTS = 4  # a chain is published in so many parts at most, as a prefill computes it
 GLIMPSE = 4096  # one byte of so many is spoilt before a pull
@@ -124,6 +125,8 @@ class Worker:
                 self._idle.set()
             self._slowest = max(self._slowest, time.monotonic() - started)
             self._counts["works"] += 1
+            if not self._client.connected:
+                await asyncio.sleep(ALONE_S)
 
     async def _do(self, rng: random.Random, room: np.ndarray) -> None:
         """One piece of work. Whatever it raises is an error, and so is not ending."""
@@ -173,7 +176,7 @@ class Worker:
             reservation = await client.reserve(span.from_(here), tenant=chain.tenant)
             leases.append(reservation.lease)
             ours = [here + i for i, claim in enumerate(reservation.claims) if claim is Claim.GRANTED]
-            self._counts["granted"] += len(ours)
+            self._counts.update([f"claims_{claim.value}" for claim in reservation.claims])
             step = -(-len(ours) // parts)
             for start in range(0, len(ours), step or 1):
                 part = ours[start : start + step]
@@ -196,7 +199,9 @@ class Worker:
         finally:
             if match.lease:
                 held = await client.release(match.lease)
-        self._counts["asked"] += end - first
+        if match.miss is not MissReason.STORE_UNREACHABLE:
+            self._counts["asked"] += end - first
+        self._counts[f"miss_{match.miss.value}" if match.miss else "whole"] += 1
         self._counts["matched"] += len(match)
         if not held:
             self._counts["lapsed"] += good
