@@ -84,6 +84,7 @@ def revoke(
 def expiry(text: str, now: datetime) -> datetime:
     """The time that `--expires` means, to the second; one without a time zone is UTC. Raises ConfigError."""
     from kvferry.common.errors import ConfigError
+    from kvferry.router.tenants_file import shown_name
 
     try:
         if span := SPAN.fullmatch(text):
@@ -93,7 +94,9 @@ def expiry(text: str, now: datetime) -> datetime:
             when = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
             when = when.astimezone(UTC)
     except (ValueError, OverflowError):
-        raise ConfigError(f"--expires {text!r} is no time; write it like 12h, 30d, 4w or 2027-01-31T00:00Z") from None
+        raise ConfigError(
+            f"--expires {shown_name(text)} is no time; write it like 12h, 30d, 4w or 2027-01-31T00:00Z"
+        ) from None
     if when <= now:
         raise ConfigError(f"--expires {text} is over already; give a time to come")
     return when.replace(microsecond=0)

@@ -46,7 +46,11 @@ def plain_errors(command: str, notifier: Notifier | None = None) -> Iterator[Non
 
 
 def tell_failure(command: str, sentence: str) -> None:
-    """The last words of a command, on stderr: as its log is written, if it is one of those that have one."""
+    """The last words of a command, on stderr: as its log is written, if it is one of those that have one. Keys in them
+    are left out: what was mistyped is repeated, and it may be one."""
+    from kvferry.router.tenants_file import without_keys
+
+    sentence = without_keys(sentence)
     if command in LOGGING and logs_are_json():
         print(json_line(command, logging.ERROR, sentence), file=sys.stderr)
     else:

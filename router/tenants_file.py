@@ -56,6 +56,8 @@ from kvferry.router.quota import TenantLimits
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY_ID = re.compile(r"[0-9a-f]{12}")
 KEY = re.compile(rf"kvf-({KEY_ID.pattern})-([0-9a-f]{{64}})")
+KEY_LIKE = re.compile(r"kvf-[0-9a-f][0-9a-f-]*|[0-9a-f]{24,}", re.IGNORECASE)  # what may be a key, or a part of one
+SURELY_KEY = re.compile(r"kvf-[0-9a-f]{12}(-[0-9a-f]*)?|[0-9a-f]{64}", re.IGNORECASE)
 NO_KEY = "0" * 12
 LIMITS = tuple(field.name for field in fields(TenantLimits))
 UNLIMITED = "unlimited"
@@ -93,6 +95,16 @@ class TenantsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def limits_of(self, tenant: str) -> TenantLimits:
         told = self.limits | self.tenants[tenant].limits
         return TenantLimits(**{name: None if value == UNLIMITED else value for name, value in told.items()})
+
+
+def shown_name(name: str) -> str:
+    """What somebody gave as a tenant's name, for an error."""
+    return "(not repeated: it looks like a key)" if KEY_LIKE.search(name) else repr(name)
+
+
+def without_keys(text: str) -> str:
+    """A sentence for people, with the keys that are in it left out: somebody pasted them where none belongs."""
+    return KEY_LIKE.sub(lambda found: "kvf-..." if SURELY_KEY.match(found[0]) else found[0], text)
 
 
 def key_hmac(secret: bytes, key_id: str, tenant: str) -> str:
@@ -182,9 +194,9 @@ def new_file() -> TenantsFile:
 def with_key(file: TenantsFile, tenant: str, expires: datetime | None = None) -> tuple[TenantsFile, str]:
     """The file with one more key for a tenant, which is made if it is not there, and the key itself. Raises
     ConfigError for a name that cannot be."""
-    if not TENANT_NAME.fullmatch(tenant):
-        raise ConfigError(f"{tenant!r} cannot be a tenant's name; use up to 64 letters, digits, dots, dashes and "
-                          "underscores, and begin with a letter or digit")  # fmt: skip
+    if not TENANT_NAME.fullmatch(tenant) or SURELY_KEY.fullmatch(tenant):
+        raise ConfigError(f"{shown_name(tenant)} cannot be a tenant's name; use up to 64 letters, digits, dots, dashes "
+                          "and underscores, and begin with a letter or digit")  # fmt: skip
     taken = {NO_KEY, *(key.id for key in file.keys)}
     while (key_id := secrets.token_hex(6)) in taken:
         pass
@@ -218,7 +230,7 @@ def without_tenant(file: TenantsFile, tenant: str) -> TenantsFile:
     """The file without a tenant: its keys, its limits and its salt, without which nobody can find or open its blocks.
     Raises ConfigError for an unknown one."""
     if tenant not in file.tenants:
-        raise ConfigError(f"there is no tenant {tenant!r}; `kvferry tenants list` shows those there are")
+        raise ConfigError(f"there is no tenant {shown_name(tenant)}; `kvferry tenants list` shows those there are")
     tenants = {name: line for name, line in file.tenants.items() if name != tenant}
     return msgspec.structs.replace(file, tenants=tenants, keys=tuple(key for key in file.keys if key.tenant != tenant))
 
@@ -229,7 +241,7 @@ def _faults(file: TenantsFile) -> Iterator[str]:
     yield from _faults_of_limits("[limits]", file.limits)
     for name, line in file.tenants.items():
         if not TENANT_NAME.fullmatch(name):
-            yield f"{name!r} cannot be a tenant's name"
+            yield f"{shown_name(name)} cannot be a tenant's name"
         if not line.tenant_salt:
             yield f"{name} has no tenant_salt; take it out, run `kvferry keys create {name}`, then set its limits"
         elif not _is_hex(line.tenant_salt, TENANT_SALT_BYTES):
@@ -240,7 +252,7 @@ def _faults(file: TenantsFile) -> Iterator[str]:
         if not KEY_ID.fullmatch(key.id) or key.id in seen:  # a whole key may have been put there: it is not shown
             yield f"the id of key number {number} must have 12 hex digits and occur once"
         if key.tenant not in file.tenants:
-            yield f"key {key.id} belongs to {key.tenant!r}, which is not in [tenants]"
+            yield f"key {key.id} belongs to {shown_name(key.tenant)}, which is not in [tenants]"
         if not _is_hex(key.hmac, 32):
             yield f"hmac of key {key.id} must have 64 hex digits"
         for name, when in (("created", key.created), ("expires", key.expires)):

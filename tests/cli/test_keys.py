@@ -100,6 +100,41 @@ def test_a_whole_key_can_be_revoked_and_none_is_shown(kvferry, path):
     assert [line.id for line in read_file(path).keys] == [other.split("-")[1]]
 
 
+SECRET = "0123456789abcdef" * 4
+PASTED = {
+    "a key": f"kvf-0123456789ab-{SECRET}",
+    "its secret": SECRET,
+    "a key cut short": f"kvf-0123456789ab-{SECRET[:40]}",
+    "a key cut shorter": "kvf-0123456789ab",
+    "a key and more": f"kvf-0123456789ab-{SECRET}00",
+    "its beginning gone": f"89ab-{SECRET}",
+    "in capitals": f"KVF-0123456789AB-{SECRET.upper()}",
+}
+
+
+@pytest.mark.parametrize("pasted", PASTED.values(), ids=PASTED)
+def test_a_key_that_is_pasted_where_a_name_belongs_is_refused_and_not_repeated(kvferry, path, pasted):
+    kvferry("keys", "create", "acme")
+    before = path.read_text()
+    for command in (
+        ("keys", "create", pasted),
+        ("tenants", "erase", pasted, "--yes"),
+        ("keys", "revoke", pasted + "x"),
+        ("keys", "create", "acme", "--expires", pasted),
+        ("keys", "revoke", "0123456789ab", pasted),
+        ("keys", pasted),
+    ):
+        refused = kvferry(*command)
+        assert (refused.returncode, refused.stdout) == (2, ""), command
+        assert not re.search("[0-9a-f]{24}", refused.stderr, re.IGNORECASE), command
+    assert path.read_text() == before
+
+
+def test_names_that_look_a_little_like_a_key_are_names(kvferry):
+    for name in ("kvf-team", "kvf", "0123456789ab", "3f2504e04f8941d39a0c0305e82c3301"):
+        assert kvferry("keys", "create", name).returncode == 0
+
+
 def test_changes_by_a_link_wait_for_those_of_its_file(path, tmp_path):
     link = tmp_path / "elsewhere" / "link.toml"
     link.parent.mkdir()
