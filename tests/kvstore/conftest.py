@@ -125,7 +125,7 @@ class Ground:
     root = ROOT
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self.folder = folder
         self._running: list[Node | Worker | RedisServer] = []
 
     def node(
@@ -137,7 +137,7 @@ class Ground:
         prefix: Sequence[str] = (),
         **config: object,
     ) -> Node:
-        path = self._folder / f"s{len(self._running)}.sock"
+        path = self.folder / f"s{len(self._running)}.sock"
         config |= {"size_bytes": max(slots * BLOCK_BYTES, 2**20), "lease_s": lease_s, "writing_per_connection": writing}
         node = Node(path, prefix, **config)
         self._running.append(node)
@@ -147,7 +147,7 @@ class Ground:
 
     def peer(self, host: str = "127.0.0.1", secret: str = "the secret of all stores", **config: object) -> Node:
         """A node that other nodes reach, at a port that was free."""
-        file = self._folder / f"secret-{hashlib.sha256(secret.encode()).hexdigest()[:8]}"
+        file = self.folder / f"secret-{hashlib.sha256(secret.encode()).hexdigest()[:8]}"
         file.touch(0o600)
         file.write_text(secret)
         with socket.create_server((host if "prefix" not in config else "127.0.0.1", 0)) as listener:
