@@ -91,6 +91,7 @@ class Bench:
         self._key = os.urandom(KEY_BYTES)
         self._late: dict[str, list[float]] = {}
         self._ours_first = False
+        self._published = 0  # the lease of the chain that was published last
 
     def forget(self) -> None:
         """What was measured until now was a warm-up."""
@@ -124,7 +125,8 @@ class Bench:
         self._late.setdefault(f"local_{kind}pull_loop_late_ms", []).append(late)
         if not all(np.array_equal(got, sent) for got, sent in zip(self._rooms[0], self._source, strict=True)):
             raise SystemExit("what was pulled is not what was published")
-        await self._client.release(match.lease)
+        for lease in (self._published, match.lease):
+            await self._client.release(lease)
 
     async def _beside(
         self,
@@ -141,9 +143,8 @@ class Bench:
         payloads = [Payload(name, parent, block.data)
                     for name, parent, block in zip(span.names, parents, self._source, strict=False)]  # fmt: skip
         reservation = await self._client.reserve(span, tenant=TENANT)
-        published = await self._client.publish(reservation, payloads, key)
-        await self._client.release(reservation.lease)
-        return published
+        self._published = reservation.lease
+        return await self._client.publish(reservation, payloads, key)
 
     async def _pulls(self, match: Match, rooms: Sequence[list[np.ndarray]], key: bytes | None) -> int:
         """As many pulls at once as there are rooms."""

@@ -16,7 +16,7 @@ from kvferry.common.store_api import Located, Payload
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.seal import Seal
 
-CHUNK_BYTES = 32 * 2**20  # copied in one go; a cancelled pull ends within this
+CHUNK_BYTES = 64 * 2**20  # copied in one go, and committed in one; a cancelled copy ends within this
 MAX_CHUNK_BLOCKS = 256
 PIECE_BYTES = 256 * 2**10  # copied at a time: its checksums find it in the core's own cache
 
