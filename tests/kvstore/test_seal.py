@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -119,6 +120,34 @@ def test_no_two_blocks_share_a_key_or_show_that_they_are_equal():
         salt, tags = seal.seal(b"n" * 32, b"p" * 32, memoryview(plain), memoryview(sealed), 2)
         seen |= {salt, tags[:PROOF_BYTES], tags[PROOF_BYTES:], bytes(sealed[:2048]), bytes(sealed[2048:])}
     assert len(seen) == 50 * 5
+
+
+@pytest.mark.parametrize("work", ["seal", "open"])
+def test_other_threads_run_while_a_segment_is_sealed_or_opened(work):
+    """While the lock is held, no thread of this process sees the time. One that is slow to wake may miss it, once."""
+    size, seal, name = 2**26, Seal(KEY), b"n" * 32
+    data, room, spans, seen = bytes(size), bytearray(size), [], []
+    salt, tags = seal.seal(name, name, memoryview(data), memoryview(room), 1)
+    sealed = bytes(room)
+
+    def seal_or_open():
+        started = time.perf_counter()
+        if work == "seal":
+            seal.seal(name, name, memoryview(data), memoryview(room), 1)
+        else:
+            assert seal.open(name, name, salt, tags, memoryview(sealed), memoryview(room))
+        spans.append((started, time.perf_counter()))
+
+    for _ in range(20):
+        thread = threading.Thread(target=seal_or_open)
+        thread.start()
+        while thread.is_alive():
+            seen.append(time.perf_counter())
+        started, ended = spans[-1]
+        margin = (ended - started) / 4
+        if any(started + margin < moment < ended - margin for moment in seen):
+            return
+    raise AssertionError("nobody else ran in the middle of a segment")
 
 
 def opens(block, room) -> bool:
