@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvferry.cli import certs, check_config, demo, keys, roles, serve, tenants
+from kvferry.cli import certs, check_config, demo, doctor, keys, roles, serve, tenants
 from kvferry.cli.flags import mistyped, spread, with_flags
 from kvferry.cli.run import EXIT_CONFIG, tell_failure
 
@@ -42,6 +42,10 @@ commands.command(
 commands.command("check-config", epilog="Example: kvferry check-config --config kvferry.toml --port 9000")(
     with_flags("check-config", check_config.FLAGS, check_config.check_config, check_config.EXTRA)
 )
+commands.command(
+    "doctor",
+    epilog="Example: kvferry doctor --certs /etc/kvferry/certs --prefill 10.0.0.1:7710 --decode 10.0.0.2:7720",
+)(with_flags("doctor", doctor.FLAGS, doctor.doctor, doctor.EXTRA))
 commands.add_typer(keys.app, name="keys")
 commands.add_typer(tenants.app, name="tenants")
 commands.add_typer(certs.app, name="certs")

@@ -1,0 +1,212 @@
+"""Asks the parts of a cluster what `kvferry doctor` wants to know. Nobody keeps it waiting for long."""
+
+import asyncio
+import os
+import secrets
+import ssl
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import permutations
+from pathlib import Path
+from statistics import median
+
+import grpc
+from cryptography import x509
+
+from kvferry.cli.diagnosis import LocalStore, Redis, Store, Way, Worker
+from kvferry.common.clock import WallClock
+from kvferry.common.config import is_local
+from kvferry.common.credentials import Credentials
+from kvferry.common.errors import ConfigError, IncompatibleNode
+from kvferry.common.proto import worker_pb2 as pb
+from kvferry.common.wire import error_of, layout_from_wire
+from kvferry.kvstore import measuring, redis_pipe
+from kvferry.kvstore import protocol as say
+from kvferry.kvstore.link import REPLY_S, Unreachable
+from kvferry.kvstore.link import Link as StoreLink
+from kvferry.kvstore.measuring import reason
+from kvferry.kvstore.peering import MAX_PROBE, Identity, Probe
+from kvferry.kvstore.redis_target import KEY_PREFIX, RedisTarget
+from kvferry.router.links import Link
+
+WORKER_S, STORE_S, LINK_S, REDIS_S = 5.0, 2.0, 6.0, 2.0
+ROUNDS = 5  # round trips to Redis, whose median counts
+CALLER = "kvferry doctor"
+
+clock = WallClock()
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+async def look_at_worker(role: str, address: str, credentials: Credentials | None) -> Worker:
+    seen = Worker(role=role, address=address)
+    if credentials is None and not is_local(address):
+        return replace(seen, problem="without certificates nobody speaks to it; give --certs")
+    link = Link(address, role, credentials)
+    try:
+        async with asyncio.timeout(WORKER_S):
+            await status_of(link)  # the connection is made
+            asked = clock.now()
+            status = await status_of(link)
+            answered = clock.now()
+    except TimeoutError:
+        return replace(seen, problem=f"no answer within {WORKER_S:g} s")
+    except grpc.aio.AioRpcError as error:
+        return replace(seen, problem=await link.why_refused() or await why_silent(address) or str(error_of(error)))
+    finally:
+        await link.close()
+    if status.role != role:
+        return replace(seen, problem=f"it is a {status.role} worker, not one of {role}")
+    return replace(
+        seen,
+        release=status.version,
+        ahead_s=status.clock - (asked + answered) / 2,
+        round_trip_s=answered - asked,
+        model=status.served_model_name,
+        fingerprint=status.fingerprint,
+        layout=layout_from_wire(status.layout),
+        draining=status.draining,
+        expires=await expiry_at(address) if link.secure else None,
+    )
+
+
+async def status_of(link: Link) -> pb.WorkerStatus:
+    """Raises AioRpcError."""
+    call = link.Watch(pb.WatchRequest())
+    try:
+        async for status in call:
+            return status
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, call.initial_metadata(), await call.trailing_metadata())
+    finally:
+        call.cancel()
+
+
+async def why_silent(address: str) -> str:
+    """What keeps us from a worker, where it is the network; empty if it is not."""
+    try:
+        async with asyncio.timeout(WORKER_S):
+            if address.startswith("unix:"):
+                _, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+            else:
+                host, _, port = address.rpartition(":")
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except OSError as error:
+        return reason(error)
+    writer.close()
+    return ""
+
+
+async def expiry_at(address: str) -> datetime | None:
+    """Until when the certificate is valid that a server shows, whoever made it; None if it shows none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(WORKER_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+    except OSError:
+        return None
+    try:
+        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return x509.load_der_x509_certificate(shown).not_valid_after_utc
+    finally:
+        writer.close()
+
+
+# -- stores -----------------------------------------------------------------------------------------------------------
+
+
+async def look_at_socket(socket: Path) -> LocalStore:
+    seen = LocalStore(socket=str(socket))
+    try:
+        link = await StoreLink.open(socket, CALLER, 0)
+    except (Unreachable, IncompatibleNode) as error:
+        return replace(seen, problem=str(error))
+    try:
+        stats = (await link.request(say.Stats(link.next_id()), say.Counted, REPLY_S)).stats
+    except Unreachable as error:
+        return replace(seen, problem=str(error))
+    finally:
+        await link.close()
+    welcome = link.welcome
+    return replace(
+        seen,
+        address=welcome.address,
+        sealed=welcome.sealed,
+        block_bytes=welcome.block_bytes,
+        slots=stats.slots,
+        committed=stats.committed,
+    )
+
+
+def visitor(cluster: str, secret: bytes) -> Identity:
+    return Identity(cluster, CALLER, os.urandom(16), secret)
+
+
+async def look_at_store(address: str, me: Identity) -> Store:
+    seen = Store(address=address)
+    try:
+        async with measuring.connection(me, address) as (peer, met):
+            await measuring.ask(peer, Probe(0), STORE_S)
+            asked = clock.now()
+            told, seconds = await measuring.ask(peer, Probe(0), STORE_S)
+    except measuring.FAULTS as error:
+        return replace(seen, problem=reason(error))
+    return replace(
+        seen,
+        advertised=met.address,
+        release=told.release,
+        ahead_s=told.clock - asked - seconds / 2,
+        round_trip_s=seconds,
+        block_bytes=told.block_bytes,
+    )
+
+
+async def look_at_ways(addresses: Sequence[str], me: Identity) -> list[Way]:
+    """One after the other, so that none is slowed by another."""
+    return [await look_at_way(to, of, me) for to, of in permutations(addresses, 2)]
+
+
+async def look_at_way(to: str, of: str, me: Identity) -> Way:
+    try:
+        async with measuring.connection(me, to) as (peer, _):
+            told, _ = await measuring.ask(peer, Probe(MAX_PROBE, of), LINK_S)
+    except measuring.FAULTS as error:
+        return Way(to=to, of=of, problem=f"{to} does not say: {reason(error)}")
+    return Way(to=to, of=of, problem=told.problem, round_trip_s=told.round_trip_s, bytes_per_s=told.bytes_per_s)
+
+
+# -- Redis ------------------------------------------------------------------------------------------------------------
+
+
+async def look_at_redis(target: RedisTarget) -> Redis:
+    """Does once what the directory does, with a key of its own, which lapses."""
+    seen = Redis(url=str(target))
+    pipe = None
+    try:
+        async with asyncio.timeout(REDIS_S):
+            pipe = await redis_pipe.connect(target)
+            took = []
+            for _ in range(ROUNDS):
+                key, asked = f"{KEY_PREFIX}{{{secrets.token_hex(8)}}}:doctor", clock.now()
+                for reply in await pipe.run(
+                    [["SET", key, "1", "PX", "1000"], ["GET", key], ["PEXPIRE", key, "1000"], ["MGET", key]]
+                ):
+                    if isinstance(reply, Exception):
+                        raise reply
+                took.append(clock.now() - asked)
+    except ConfigError:
+        raise
+    except Exception as error:  # of redis-py, of the network or of Redis: `sentence_of` knows them all
+        return replace(seen, problem=redis_pipe.sentence_of(error))
+    finally:
+        if pipe is not None:
+            await pipe.close()
+    return replace(seen, round_trip_s=median(took))
+
+
+def today() -> datetime:
+    return datetime.now(UTC)
