@@ -205,7 +205,15 @@ class Answer:
         return {} if self._prompt_token_ids is None else {"token_ids": token_ids}
 
     def _prompt_ids(self, index: int) -> dict[str, Any]:
-        return {} if self._prompt_token_ids is None else {"prompt_token_ids": self._prompt_token_ids[index // self._n]}
+        if self._prompt_token_ids is None:
+            return {}
+        return {"prompt_token_ids": list(self._prompt_token_ids[index // self._n])}
+
+    def prompt_ids_with(self, part: Part) -> int:
+        """How many of its prompt's token ids go out with a part."""
+        if self._prompt_token_ids is None or part.index in self._opened:
+            return 0
+        return len(self._prompt_token_ids[part.index // self._n])
 
     def _stream_chunk(self, choice: dict[str, Any], beside: dict[str, Any] | None = None) -> bytes:
         return msgspec.json.encode(self._chunk | {"choices": [choice]} | (beside or {}) | self._chunk_end)

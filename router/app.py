@@ -35,10 +35,11 @@ from kvferry.router.quota import Grant, Quotas
 from kvferry.router.sse import as_json, send_json
 from kvferry.router.tenants import LiveTenants, Tenant, Tenants
 from kvferry.router.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize
+from kvferry.router.turns import Turns
 
 READY_LOOK_S = 30.0
 INLINE_BYTES = 2**16  # of a body; a larger one is parsed in a thread
-THREADS = 2  # for what would hold the event loop; each more would take Python's lock from it more often
+THREADS = 2  # for bodies, and for answers; each more would take Python's lock from the event loop more often
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
     flow = Flow(config, nodes, models, store, metrics, clock)
     probes = Probes(models, lambda: store.connected)
     front = Front(config, limits, models, tenants, flow, metrics, probes)
+    front.take_tenants(tenants.now)
     runners = []
     await store.start()
     nodes.start()
@@ -79,6 +81,7 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
     finally:
         for runner in reversed(runners):
             await runner.cleanup()
+        front.close()
         await flow.close()
         await nodes.close()
         await store.close()
@@ -109,14 +112,19 @@ class Front:
     ):
         self._limits, self._models, self._tenants = limits, models, tenants
         self._flow, self._metrics, self._probes = flow, metrics, probes
-        clock = MonotonicClock()
+        self._clock = clock = MonotonicClock()
+        self._parsing = Turns("parse", THREADS)
         self._quotas, self._gate = Quotas(clock), Gate(config.max_concurrent, config.max_bodies_bytes)
         self.generator = Generator(config, limits, models, flow, metrics, clock)
 
     def take_tenants(self, tenants: Tenants) -> None:
-        """The tenants file has changed: other limits count, and what erased tenants have under way ends."""
+        """These are the tenants from now on: other limits count, and what erased ones have under way ends."""
+        self._gate.shared = len(tenants.limits) > 1
         self._quotas.update(tenants.limits)
         self._flow.take_tenants(tenants.pseudonyms)
+
+    def close(self) -> None:
+        self._parsing.close()
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[guard(self._limits, self._metrics)], client_max_size=self._limits.body_bytes)
@@ -151,18 +159,23 @@ class Front:
         raise Unavailable(f"no decode node is ready for {name}; try again later")
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
-        with self._admit(request)[1] as grant, self._gate.enter() as place:
-            asked = await self._parsed(request, place, parse_tokenize)
+        tenant, grant = self._admit(request)
+        with grant, self._gate.enter(tenant.name) as place:
+            asked = await self._parsed(request, tenant, place, parse_tokenize)
             model = await self._flow.ready_model(asked.model)
             tokenizer = self._models.side_of(model.tokenizer).tokenizer
-            told = await tokenize(asked, tokenizer, model.max_model_len, self._limits, grant)
+            async with self._flow.in_time(self._flow.give_up(self._clock.now(), None)):
+                told = await tokenize(asked, tokenizer, model.max_model_len, self._limits, grant, tenant.keys.pseudonym)
             return await self._send(request, told)
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
-        with self._admit(request)[1], self._gate.enter() as place:
-            asked = await self._parsed(request, place, parse_detokenize)
+        tenant, grant = self._admit(request)
+        with grant, self._gate.enter(tenant.name) as place:
+            asked = await self._parsed(request, tenant, place, parse_detokenize)
             model = await self._flow.ready_model(asked.model)
-            told = await detokenize(asked, self._models.side_of(model.tokenizer).tokenizer, model.vocab_size)
+            tokenizer = self._models.side_of(model.tokenizer).tokenizer
+            async with self._flow.in_time(self._flow.give_up(self._clock.now(), None)):
+                told = await detokenize(asked, tokenizer, model.vocab_size, tenant.keys.pseudonym)
             return await self._send(request, told)
 
     async def _openapi(self, request: web.Request) -> web.StreamResponse:
@@ -187,16 +200,19 @@ class Front:
 
     async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
         tenant, grant = self._admit(request)
-        with grant, self._gate.enter() as place:
-            asked = await self._parsed(request, place, partial(parse_request, kind))
+        with grant, self._gate.enter(tenant.name) as place:
+            asked = await self._parsed(request, tenant, place, partial(parse_request, kind))
+            place.keep(asked.bytes)
             return await self.generator.answer(request, asked, tenant, grant)
 
-    async def _parsed(self, request: web.Request, place: Place, parse: Callable[[bytes, Limits], T]) -> T:
+    async def _parsed(
+        self, request: web.Request, tenant: Tenant, place: Place, parse: Callable[[bytes, Limits], T]
+    ) -> T:
         """What a body asks for; a large one is parsed in a thread."""
         body = await read_body(request, self._limits, place)
         if len(body) <= INLINE_BYTES:
             return parse(body, self._limits)
-        return await asyncio.to_thread(parse, body, self._limits)
+        return await self._parsing.run(tenant.name, partial(parse, body, self._limits))
 
 
 async def tell_quota(request: web.Request, response: web.StreamResponse) -> None:

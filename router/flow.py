@@ -10,8 +10,9 @@ with them everything behind the request.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -34,6 +35,7 @@ ATTEMPTS = 3  # the first, and two more
 RETRIED = (Unavailable, Internal)
 STOPPING = "this server is shutting down; try again later"
 ERASED_END_S = 5.0  # for the requests of erased tenants
+INLINE_TOKENS = 1024  # of a prompt; what is longer is worked on one by one
 ERASED = "the tenant of this API key was erased"
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ class Job:
     model: ServedModel
     keys: TenantKeys = field(repr=False)
     cache_salt: str = field(repr=False)
-    token_ids: list[int] = field(repr=False)
+    token_ids: Sequence[int] = field(repr=False)
     params: SamplingParams
     priority: int = 0
     weight: float = 1.0
@@ -110,6 +112,7 @@ class Flow:
         self._finishing: set[asyncio.Task[None]] = set()
         self._active: dict[Handover, str] = {}  # and whose they are: the tenant's pseudonym
         self._one_ended = asyncio.Event()
+        self._turns = asyncio.Lock()
         self._tenants: frozenset[str] | None = None  # that there are; None is all
         self._stopping = False
 
@@ -185,8 +188,10 @@ class Flow:
         self, job: Job, record: Record, progress: Progress, give_up: float
     ) -> AsyncGenerator[Piece, None]:
         """One continue for all choices of a job, from what has been sent: of several, that is nothing."""
-        model, tokens = job.model, job.token_ids + progress.sent[job.params.choice]
+        model, tokens = job.model, array("I", job.token_ids)
+        tokens.extend(progress.sent[job.params.choice])
         scope = CacheScope(job.keys, model.fingerprint, model.layout, job.cache_salt)
+        await self._turn(len(tokens))
         params, names, cached = job.params, scope.chain(tokens), 0
         if progress.scored == len(job.token_ids) - 1:
             params = replace(params, prompt_logprobs=None)
@@ -194,6 +199,7 @@ class Flow:
         if not scores:
             reusable = Span.of(names, scope.root(), end=(len(tokens) - 1) // model.layout.block_size)
             cached = len(await self._store.lookup(reusable, lease=False)) * model.layout.block_size
+        await self._turn(len(tokens))
         sequence = sequence_to_wire(
             job.request_id, scope, tokens, len(job.token_ids), params, job.priority, job.weight, self._config.sealed
         )
@@ -218,6 +224,12 @@ class Flow:
             else:
                 await handover.close()
 
+    async def _turn(self, tokens: int) -> None:
+        """For who is about to work on so many tokens: of all such work, each turn of the loop has one piece."""
+        if tokens > INLINE_TOKENS:
+            async with self._turns:
+                await asyncio.sleep(0)
+
     def _finish_later(self, handover: Handover) -> None:
         task = asyncio.create_task(handover.finish())
         self._finishing.add(task)
@@ -231,6 +243,15 @@ class Flow:
         """When a request's time is over: the client's own, within what the router allows."""
         allowed = self._config.request_s
         return arrived + (allowed if timeout_s is None else min(timeout_s, allowed))
+
+    @asynccontextmanager
+    async def in_time(self, give_up: float) -> AsyncIterator[None]:
+        """For what nobody waits for any longer than until then. Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(give_up - self._clock.now()):
+                yield
+        except TimeoutError as error:
+            raise DeadlineExceeded(TOO_LONG) from error
 
     async def ready_model(self, asked: str | None, give_up: float = inf) -> ServedModel:
         """The model that a request asks for, as the least loaded decode node runs it; waits a while for a worker that

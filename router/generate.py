@@ -31,8 +31,15 @@ from kvferry.router.tenants import Tenant
 from kvferry.router.text import Tokenizer
 
 INLINE_TOLD = 1000  # log probabilities; more of them are shaped in a thread
+INLINE_CHARS = 2**16  # characters and token ids, as well
 
 log = logging.getLogger(__name__)
+
+
+def work_of(part: Part, answer: Answer) -> float:
+    """How much it is to make bytes of a part; more than 1 would hold the event loop for too long."""
+    told = sum(1 + len(one.logprobs.top) for one in part.told if one.logprobs) if part.told else 0
+    return (len(part.text) + len(part.token_ids) + answer.prompt_ids_with(part)) / INLINE_CHARS + told / INLINE_TOLD
 
 
 class Generator:
@@ -71,10 +78,12 @@ class Generator:
         self._metrics.open_requests.set(self._open)
         arrived, outcome, records, refused = self._clock.now(), "cancelled", [], False
         try:
-            model = await self._flow.ready_model(asked.model, self._flow.give_up(arrived, asked.timeout_s))
+            give_up = self._flow.give_up(arrived, asked.timeout_s)
+            model = await self._flow.ready_model(asked.model, give_up)
             side = self._models.side_of(model.tokenizer)
             asked = replace(asked.advised(side.defaults), model=model.name)
-            jobs = await self._jobs(asked, model, side.tokenizer, tenant, grant, request["id"])
+            async with self._flow.in_time(give_up):
+                jobs = await self._jobs(asked, model, side.tokenizer, tenant, grant, request["id"])
             records += [Record(job.request_id, len(job.token_ids), arrived) for job in jobs]
             told = tellings(jobs, records, asked, side.tokenizer)
             send = self._stream if asked.stream else self._whole
@@ -87,11 +96,15 @@ class Generator:
         except ConnectionResetError as error:
             log.info("the client is not there: %s", error)
             raise
+        except Exception as error:
+            outcome = outcome_of(error).code
+            raise
         finally:
             self._open -= 1
             if not self._open:
                 self._idle.set()
             self._metrics.open_requests.set(self._open)
+            outcome = request.get("dropped", outcome)
             self._metrics.requests.labels(outcome).inc()
             if not refused:  # a refusal is told of elsewhere
                 log.info(
@@ -148,7 +161,8 @@ class Generator:
                 prompts = [prompt_logprobs(one.job.token_ids, one.prompt_logprobs, top, one.tokenizer) for one in told]
             return answer.whole(parts, usage, prompts)
 
-        body = shaped() if asked.logprobs is None and top is None else await asyncio.to_thread(shaped)
+        little = top is None and sum(work_of(part, answer) for part in parts) <= 1
+        body = shaped() if little else await asyncio.to_thread(shaped)
         return await send_json(request, body, self._limits.write_s, {"X-Request-Id": request["id"]}), None
 
     async def _stream(
@@ -161,7 +175,7 @@ class Generator:
         try:
             async with aclosing(self._parts(asked, told, grant)) as parts:
                 async for part in parts:
-                    much = len(part.told) * (1 + (asked.logprobs or 0)) > INLINE_TOLD
+                    much = work_of(part, answer) > 1
                     for chunk in await asyncio.to_thread(answer.chunks, part) if much else answer.chunks(part):
                         await events.data(chunk)
             if asked.include_usage:

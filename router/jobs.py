@@ -1,6 +1,7 @@
 """A request's prompts made into jobs: tokenised, checked against the model that is up, and nothing left open."""
 
 import secrets
+from array import array
 
 from kvferry.common.errors import InvalidRequest
 from kvferry.common.hashing import TenantKeys
@@ -25,18 +26,20 @@ async def jobs_of(
 ) -> list[Job]:
     """One job a prompt, each of all its choices. `pool`: how many tokens the largest page pool holds. Raises
     InvalidRequest."""
-    bad_words = await tokenizer.bad_words(asked.bad_words)
-    prompts = await tokenizer.encode(asked.prompts, asked.special_tokens, limits)
+    bad_words = await tokenizer.bad_words(asked.bad_words, keys.pseudonym)
+    prompts = await tokenizer.encode(asked.prompts, asked.special_tokens, limits, keys.pseudonym)
+    seeds = _seeds(asked, len(prompts))
     jobs = []
     check_prompt_tokens(sum(map(len, prompts)), "prompt" if asked.kind == "completion" else "messages", limits)
     for number, tokens in enumerate(prompts):
         check_token_ids(tokens, model.vocab_size)
-        params = _params(asked, _max_tokens(asked, len(tokens), model, pool, limits), bad_words)
+        params = _params(asked, _max_tokens(asked, len(tokens), model, pool, limits), bad_words, seeds[number])
         own_id = request_id if len(prompts) == 1 else f"{request_id}-{number}"
         jobs.append(
             Job(own_id, model, keys, asked.cache_salt, tokens, params, asked.priority, timeout_s=asked.timeout_s)
         )
     _check_told(asked, sum(map(len, prompts)), limits)
+    _check_repeated(asked, sum(map(len, prompts)), limits)
     if not asked.stream:
         _check_generated(asked, sum(job.params.max_tokens for job in jobs), limits)
     return jobs
@@ -52,6 +55,24 @@ def _check_told(asked: GenerationRequest, prompt_tokens: int, limits: Limits) ->
             f"{counted(asked.n, 'answer')}; this server tells up to {limits.told} of prompts, so ask for fewer of them",
             field,
         )
+
+
+def _check_repeated(asked: GenerationRequest, prompt_tokens: int, limits: Limits) -> None:
+    """Raise InvalidRequest if prompts that are said again in each of their answers would be more than any may be."""
+    if asked.n == 1:
+        return
+    chars = sum(len(prompt) for prompt in asked.prompts if isinstance(prompt, str))
+    for field, wanted, count, noun, most in (
+        ("echo", asked.echo, chars, "character", limits.prompt_chars),
+        ("echo", asked.echo, prompt_tokens, "token", limits.prompt_tokens),
+        ("return_token_ids", asked.return_token_ids, prompt_tokens, "token", limits.prompt_tokens),
+    ):
+        if wanted and count * asked.n > most:
+            raise InvalidRequest(
+                f"{field} repeats {counted(count, f'prompt {noun}')} in {counted(asked.n, 'answer')}; this server "
+                f"repeats up to {most} in all, so lower n or leave {field} out",
+                field,
+            )
 
 
 def _check_generated(asked: GenerationRequest, max_tokens: int, limits: Limits) -> None:
@@ -90,7 +111,16 @@ def _max_tokens(asked: GenerationRequest, prompt: int, model: ServedModel, pool:
     return max(1, asked.max_tokens)
 
 
-def _params(asked: GenerationRequest, max_tokens: int, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
+def _seeds(asked: GenerationRequest, count: int) -> array:
+    """One for each prompt; where none is asked for, prompts that are equal get other answers."""
+    if asked.seed is not None:
+        return array("Q", [asked.seed]) * count
+    return array("Q", secrets.token_bytes(8 * count))
+
+
+def _params(
+    asked: GenerationRequest, max_tokens: int, bad_words: tuple[tuple[int, ...], ...], seed: int
+) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=asked.temperature,
@@ -103,7 +133,7 @@ def _params(asked: GenerationRequest, max_tokens: int, bad_words: tuple[tuple[in
         logit_bias=asked.logit_bias,
         bad_words=bad_words,
         stop_token_ids=asked.stop_token_ids,
-        seed=asked.seed if asked.seed is not None else secrets.randbits(64),  # prompts that are equal get other answers
+        seed=seed,
         n=asked.n,
         min_tokens=min(asked.min_tokens, max_tokens),
         ignore_eos=asked.ignore_eos,

@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -22,6 +22,9 @@ RECONNECT_S = 0.1
 REFUSED_S = 2.0  # until a worker that we cannot speak to is looked at again
 FORGET_S = 10.0
 SILENT_S = 5.0  # a node sends its status every second; one that is silent for so long is taken for dead
+LOOK_S = 0.5  # pieces of that time, so that a time in which this process heard nothing counts as one of them at most
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +112,18 @@ def difference(one: Node, other: Node) -> str:
     if mine.fingerprint != theirs.fingerprint:
         return f"model fingerprint {mine.fingerprint.hex()[:12]} against {theirs.fingerprint.hex()[:12]}"
     return ""
+
+
+async def patiently(read: Awaitable[T]) -> T:
+    """What is read. Raises TimeoutError for who was silent for `SILENT_S` in which it could have been heard."""
+    reading = asyncio.ensure_future(read)
+    try:
+        for _ in range(round(SILENT_S / LOOK_S)):
+            if (await asyncio.wait([reading], timeout=LOOK_S))[0]:
+                return reading.result()
+        raise TimeoutError
+    finally:
+        reading.cancel()
 
 
 class Nodes:
@@ -199,8 +214,7 @@ class Nodes:
         try:
             call = link.Watch(pb.WatchRequest())
             while True:
-                async with asyncio.timeout(SILENT_S):
-                    status = await call.read()
+                status = await patiently(call.read())
                 if status is grpc.aio.EOF:
                     return ""
                 await self._set_status(node, link, status)

@@ -5,6 +5,7 @@ field in `param` and repeats no text of the client's other than field names, and
 few is expected.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -66,7 +67,7 @@ class Conversation:
         return sum(map(len, told)) + own
 
 
-Prompt = str | tuple[int, ...] | Conversation
+Prompt = str | array | Conversation  # an array has token ids of 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,11 @@ class GenerationRequest:
     include_usage: bool = False
     return_token_ids: bool = False
     left_open: frozenset[str] = frozenset()
+
+    @property
+    def bytes(self) -> int:
+        """What its prompts take, roughly: four for a character, of which a token is made at most, or for a token id."""
+        return 4 * sum(prompt.chars if isinstance(prompt, Conversation) else len(prompt) for prompt in self.prompts)
 
     def advised(self, defaults: SamplingDefaults) -> "GenerationRequest":
         """With what the model's makers advise, where the client left it open."""
@@ -211,7 +217,7 @@ def _check(request: GenerationRequest, limits: Limits) -> None:
 def check_prompt_chars(prompts: Sequence[Prompt], field: str, limits: Limits) -> None:
     """Raise InvalidRequest for more text than a request may have: to tokenise it keeps others waiting."""
     count = sum(prompt.chars if isinstance(prompt, Conversation) else len(prompt) for prompt in prompts
-                if not isinstance(prompt, tuple))  # fmt: skip
+                if not isinstance(prompt, array))  # fmt: skip
     if count > limits.prompt_chars:
         raise InvalidRequest(
             f"{field} has {counted(count, 'character')} in all; this server takes at most {limits.prompt_chars} in a "

@@ -1,10 +1,12 @@
 """Answers on their way out: server-sent events, and bodies of any size.
 
-Nothing is buffered for a client that does not read: each write waits while the connection's send buffer is full, so a
-slow reader holds its producer back, and one that reads nothing for `write_s` is dropped.
+Little is buffered here for a client that does not read: each write waits while the connection's send buffer is full,
+and one that reads nothing for `write_s` is dropped. The workers do not wait for it: what they give meanwhile is held by
+its handover, up to a bound.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -17,6 +19,9 @@ HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would hold events back otherwise
 }
 PIECE_BYTES = 64 * 2**10
+DROPPED = "slow_reader"  # how a request ends whose client reads nothing, in metrics and the log
+
+log = logging.getLogger(__name__)
 
 
 class EventStream:
@@ -94,13 +99,17 @@ def fits(request: web.Request, event: bytes) -> bool:
 
 @asynccontextmanager
 async def reading(request: web.Request, write_s: float) -> AsyncIterator[None]:
-    """For a write, which waits until the client has read enough."""
+    """For a write, which waits until the client has read enough. One that does not is dropped, and with it what is done
+    for its request, which is told of as `dropped` by then."""
     try:
         async with asyncio.timeout(write_s):
             yield
     except TimeoutError as error:
+        request["dropped"] = DROPPED
+        told = f"the client read nothing for {write_s:g} s"
+        log.info("%s and is dropped", told)
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionResetError(f"the client read nothing for {write_s:g} s") from error
+        raise ConnectionResetError(told) from error
     except ConnectionError as error:  # aiohttp has several, by where it notices
         raise ConnectionResetError("the client has gone") from error

@@ -120,8 +120,8 @@ class LiveTenants:
         return self.now.authenticate(authorization)
 
     async def watch(self, changed: Callable[[Tenants], None]) -> None:
-        """Look again and again, until cancelled. `changed` is told of other tenants, at once. The thread that looks does
-        nothing else: however many large requests wait for theirs, a revoked key is refused in time."""
+        """Look again and again, until cancelled. `changed` is told of other tenants, at once. The thread that looks
+        does nothing else: however many large requests wait for theirs, a revoked key is refused in time."""
         with ThreadPoolExecutor(1, "tenants") as thread:
             while self._path is not None:
                 await asyncio.sleep(LOOK_EVERY_S)

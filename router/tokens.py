@@ -3,6 +3,7 @@
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from kvferry.common.errors import InvalidRequest
 from kvferry.router.bodies import NEUTRAL_TOKENIZE, DetokenizeBody, TokenizeBody
@@ -55,25 +56,25 @@ def parse_detokenize(body: bytes, limits: Limits) -> DetokenizeBody:
     asked = convert(parse_json(body, limits), DetokenizeBody, {}, limits)
     check_prompt_tokens(len(asked.tokens), "tokens", limits)
     if asked.tokens:
-        token_ids(asked.tokens, "tokens", "a list of token ids")
+        asked = replace(asked, tokens=token_ids(asked.tokens, "tokens", "a list of token ids"))
     return asked
 
 
 async def tokenize(
-    asked: TokenizeBody, tokenizer: Tokenizer, max_model_len: int, limits: Limits, grant: Grant
+    asked: TokenizeBody, tokenizer: Tokenizer, max_model_len: int, limits: Limits, grant: Grant, tenant: str
 ) -> Tokenized:
     """Raises InvalidRequest, and RateLimited: its tokens count as those of any prompt."""
-    (tokens,) = await tokenizer.encode([prompt_of(asked)], asked.add_special_tokens, limits)
+    (tokens,) = await tokenizer.encode([prompt_of(asked)], asked.add_special_tokens, limits, tenant)
     check_prompt_tokens(len(tokens), field_of(asked), limits)
     grant.take_prompts([len(tokens)], 0)
     names = None
     if asked.return_token_strs:
-        names = await tokenizer.aside(len(tokens), lambda: tokenizer.names(tokens))
-    return Tokenized(len(tokens), max_model_len, tokens, names)
+        names = await tokenizer.aside(len(tokens), lambda: tokenizer.names(tokens), tenant)
+    return Tokenized(len(tokens), max_model_len, tokens.tolist(), names)
 
 
-async def detokenize(asked: DetokenizeBody, tokenizer: Tokenizer, vocab_size: int) -> Detokenized:
+async def detokenize(asked: DetokenizeBody, tokenizer: Tokenizer, vocab_size: int, tenant: str) -> Detokenized:
     """The text, special tokens too. Raises InvalidRequest."""
     if asked.tokens:
         check_token_ids(asked.tokens, vocab_size, "tokens")
-    return Detokenized(await tokenizer.aside(len(asked.tokens), lambda: tokenizer.decode_all(asked.tokens)))
+    return Detokenized(await tokenizer.aside(len(asked.tokens), lambda: tokenizer.decode_all(asked.tokens), tenant))

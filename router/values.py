@@ -6,6 +6,7 @@ A `description` completes that sentence. What the limits bound is Any here: its 
 """
 
 import re
+from array import array
 from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
@@ -110,7 +111,7 @@ def rules(limits: Limits) -> dict[str, Rule]:
     }
 
 
-def prompts(value: str | list[Any], limits: Limits) -> tuple[str | tuple[int, ...], ...]:
+def prompts(value: str | list[Any], limits: Limits) -> tuple[str | array, ...]:
     """One prompt or a batch. Token ids are not yet checked against the vocabulary. How many there are is looked at
     before what they are."""
     if isinstance(value, str):
@@ -129,14 +130,15 @@ def prompts(value: str | list[Any], limits: Limits) -> tuple[str | tuple[int, ..
     return (token_ids(value, "prompt", PROMPTS),)
 
 
-def token_ids(value: list[Any], name: str, expected: str) -> tuple[int, ...]:
+def token_ids(value: list[Any], name: str, expected: str) -> array:
+    """As 32 bits each: as Python's own numbers they would take ten times as much."""
     if not value:
         raise InvalidRequest(f"{name} must have at least one token id in each list", name)
     if not all(type(item) is int for item in value):
         raise InvalidRequest(f"{name} must be {expected}, not a list of other things", name)
     if not 0 <= min(value) <= max(value) <= MAX_TOKEN_ID:
         raise InvalidRequest(f"{name} has a token id that is negative or over 32 bits", name)
-    return tuple(value)
+    return array("I", value)
 
 
 def check_prompt_tokens(count: int, field: str, limits: Limits) -> None:

@@ -41,7 +41,7 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(own, checkpoints, speaker) -> Cluster:
     checkpoints["speaker"] = speaker
-    return own(f"--max-concurrent={STREAMS}", "--max-body-size=100000", "--request-seconds=60", arch="speaker")
+    return own(f"--max-concurrent={2 * STREAMS}", "--max-body-size=100000", "--request-seconds=60", arch="speaker")
 
 
 @pytest.fixture

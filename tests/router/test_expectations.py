@@ -22,7 +22,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 async def echo(request: web.Request) -> web.Response:
     if "Authorization" not in request.headers:
         raise Unauthenticated("no API key")
-    with Gate(1, 9).enter() as place:
+    with Gate(1, 9).enter("a") as place:
         return web.Response(body=await read_body(request, Limits(body_bytes=9), place))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 
 import pytest
 
@@ -21,11 +22,11 @@ MODEL = ServedModel("m", "m", b"f" * 32, BlockLayout(1, 1, 16, 8, "float32"), 26
 POOL = 48
 
 
-def jobs(kind: str = "completion", told: int = 2**18, **fields) -> list[Job]:
+def jobs(kind: str = "completion", told: int = 2**18, limits: Limits | None = None, **fields) -> list[Job]:
     said = {"messages": [{"role": "user", "content": "p"}]} if kind == "chat" else {"prompt": "p"}
     asked = parse_request(kind, json.dumps({"model": "m", **said, **fields}).encode())
     keys = TenantKeys.of(b"k" * 32)
-    return asyncio.run(jobs_of(asked, Limits(told=told), keys, "r", BYTES, MODEL, POOL))
+    return asyncio.run(jobs_of(asked, limits or Limits(told=told), keys, "r", BYTES, MODEL, POOL))
 
 
 def refused(**fields) -> InvalidRequest:
@@ -36,11 +37,11 @@ def refused(**fields) -> InvalidRequest:
 
 def test_one_job_a_prompt():
     several = jobs(prompt=["a", "bc"], n=3, priority=-4, seed=9)
-    assert [job.token_ids for job in several] == [[256, 97], [256, 98, 99]]
+    assert [list(job.token_ids) for job in several] == [[256, 97], [256, 98, 99]]
     assert [job.request_id for job in several] == ["r-0", "r-1"]
     assert [(job.params.n, job.params.seed, job.priority) for job in several] == [(3, 9, -4)] * 2
     (one,) = jobs(prompt=[[97]])
-    assert (one.request_id, one.token_ids, one.params.n, one.priority) == ("r", [97], 1, 0)
+    assert (one.request_id, list(one.token_ids), one.params.n, one.priority) == ("r", [97], 1, 0)
 
 
 def test_a_seed_for_each_prompt_where_none_is_asked_for():
@@ -110,3 +111,30 @@ def test_an_answer_without_a_limit_of_its_own_ends_where_no_more_can_be_told():
     assert free > 7
     assert [job.params.max_tokens for job in jobs(told=56, **asked)] == [7]
     assert [job.params.max_tokens for job in jobs(told=56, stream=True, **asked)] == [free]
+
+
+def test_how_much_of_prompts_is_said_again():
+    """In each of their answers: as their text, or as their token ids. Once is always allowed."""
+    small = {"prompt_chars": 100, "prompt_tokens": 120}
+    for field, prompt, noun, most in (
+        ("echo", "a" * 25, "25 prompt characters", 100),
+        ("echo", [[97] * 10, [97] * 20], "30 prompt tokens", 120),
+        ("return_token_ids", "a" * 29, "30 prompt tokens", 120),
+    ):
+        assert jobs(prompt=prompt, n=4, **{field: True}, limits=Limits(**small))
+        assert jobs(prompt=prompt, n=5, limits=Limits(**small))
+        error = refused(prompt=prompt, n=5, **{field: True}, limits=Limits(**small))
+        assert error.param == field
+        assert str(error).startswith(f"{field} repeats {noun} in 5 answers; this server repeats up to {most} in all")
+    assert jobs(prompt="a" * 60, echo=True, return_token_ids=True, max_tokens=1, limits=Limits(**small))
+
+
+def test_seeds_are_drawn_once_for_all_prompts(monkeypatch):
+    drawn = []
+    draw = secrets.token_bytes
+    monkeypatch.setattr(secrets, "token_bytes", lambda size: drawn.append(size) or draw(size))
+    seeds = {job.params.seed for job in jobs(prompt=["a"] * 100)}
+    assert drawn == [800]
+    assert len(seeds) == 100
+    assert max(seeds) >= 2**63
+    assert {job.params.seed for job in jobs(prompt=["a"] * 3, seed=-1)} == {2**64 - 1}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from array import array
 from typing import Any
 
 import pytest
@@ -112,11 +113,11 @@ def test_supported_fields_arrive(kind, field, sent, name, kept):
     [
         ("a", ("a",)),
         (["a"], ("a",)),
-        ([1, 2], ((1, 2),)),
+        ([1, 2], (array("I", [1, 2]),)),
         ("", ("",)),
         (["a", "", "b"], ("a", "", "b")),
-        ([[1], [2, 3]], ((1,), (2, 3))),
-        ([[7]], ((7,),)),
+        ([[1], [2, 3]], (array("I", [1]), array("I", [2, 3]))),
+        ([[7]], (array("I", [7]),)),
         (["a"] * 128, ("a",) * 128),
     ],
 )

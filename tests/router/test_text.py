@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from array import array
 from itertools import pairwise
 from typing import Any
 
@@ -310,11 +311,11 @@ def test_template_that_refuses_is_an_invalid_request():
 def test_long_and_short_prompts_encode_alike():
     for text in ("short", "long " * 2000, "very long " * 20_000):
         assert encoded(text) == [[256, *text.encode()]]
-    assert encoded((1, 2), "a", "b" * 5000) == [[1, 2], [256, 97], [256, *b"b" * 5000]]
+    assert encoded(array("I", [1, 2]), "a", "b" * 5000) == [[1, 2], [256, 97], [256, *b"b" * 5000]]
 
 
 def encoded(*prompts: Prompt, limits: Limits = DEFAULT_LIMITS) -> list[list[int]]:
-    return asyncio.run(BYTES.encode(prompts, limits=limits))
+    return list(map(list, asyncio.run(BYTES.encode(prompts, limits=limits))))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,7 @@ def encoded(*prompts: Prompt, limits: Limits = DEFAULT_LIMITS) -> list[list[int]
 def test_where_work_is_done_follows_from_all_of_it(prompts, where, monkeypatch):
     own = Tokenizer(byte_tokenizer())
     seen = []
-    monkeypatch.setattr(own, "encode_now", lambda *given: seen.append(threading.current_thread().name))
+    monkeypatch.setattr(own, "encode_now", lambda *given: seen.append(threading.current_thread().name) or [])
     asyncio.run(own.encode(prompts))
     assert set(seen) == {where}
     own.close()
@@ -356,6 +357,35 @@ def test_a_short_text_does_not_wait_for_long_ones():
 
     asyncio.run(main())
     assert order == ["short", "long", "long", "long"]
+    own.close()
+
+
+def test_token_ids_take_four_bytes_each():
+    """As they came or as they were made, and the ones that came are not copied."""
+    sent = array("I", [2**32 - 1, 7])
+    came, made = asyncio.run(BYTES.encode([sent, "a" * 1000]))
+    assert came is sent
+    assert (made.itemsize, len(made)) == (4, 1001)
+
+
+def test_tenants_take_turns_in_both_threads():
+    own, order, free = Tokenizer(byte_tokenizer()), [], threading.Event()
+
+    async def work(tenant: str, chars: int) -> None:
+        await own.aside(chars, lambda: free.wait(10), tenant)
+        order.append(tenant)
+
+    async def main(chars: int) -> None:
+        tasks = [asyncio.create_task(work(tenant, chars)) for tenant in "aaab"]
+        await asyncio.sleep(0.05)
+        free.set()
+        await asyncio.gather(*tasks)
+
+    for chars in (SHORT_CHARS, SHORT_CHARS + 1):
+        order.clear()
+        free.clear()
+        asyncio.run(main(chars))
+        assert order == ["a", "a", "b", "a"], "of the first tenant one has begun, and one is next"
     own.close()
 
 
