@@ -5,10 +5,11 @@ import ssl
 from collections.abc import Callable
 
 CHUNK = 65536
+TICK_S = 1e-6
 
 
 class Proxy:
-    """On a free loopback port. `delay`: seconds before each piece of a reply goes on. `change`: what becomes of a
+    """On a free loopback port. `delay`: seconds until a piece of a reply goes on. `change`: what becomes of a
     piece; None breaks the connection off with a reset. Both may be set at any time."""
 
     def __init__(self, port: int, tls: ssl.SSLContext | None = None):
@@ -39,8 +40,8 @@ class Proxy:
             onward, there = await asyncio.open_connection("127.0.0.1", self._to)
             try:
                 async with asyncio.TaskGroup() as both:
-                    both.create_task(self._pass(reader, there, None))
-                    both.create_task(self._pass(onward, writer, self))
+                    both.create_task(forth(reader, there))
+                    both.create_task(self._back(onward, writer))
             finally:
                 there.transport.abort()
         except* (OSError, EOFError):  # one side is gone, and so is the other then
@@ -48,13 +49,22 @@ class Proxy:
         finally:
             writer.transport.abort()
 
-    @staticmethod
-    async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, proxy: "Proxy | None") -> None:
+    async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pieces keep their order, and a delay of one does not add to the next one's."""
+        loop = asyncio.get_running_loop()
+        due = 0.0
         while piece := await reader.read(CHUNK):
-            if proxy is not None:
-                await asyncio.sleep(proxy.delay())
-                if (piece := proxy.change(piece)) is None:
-                    break
-            writer.write(piece)
-            await writer.drain()
+            due = max(due + TICK_S, loop.time() + self.delay())
+            if (piece := self.change(piece)) is None:
+                break
+            loop.call_at(due, writer.write, piece)
+            await asyncio.sleep(0)
+        await asyncio.sleep(due - loop.time() + TICK_S)
         raise EOFError
+
+
+async def forth(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while piece := await reader.read(CHUNK):
+        writer.write(piece)
+        await writer.drain()
+    raise EOFError

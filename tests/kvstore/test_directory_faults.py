@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import time
-from statistics import median
 
 import pytest
 import xxhash
@@ -15,13 +14,14 @@ from redis_server import Cluster, RedisServer, Sentinels
 
 from kvferry.kvstore import redis_directory
 from kvferry.kvstore.directory import HINT_S, Holder
-from kvferry.kvstore.redis_directory import BUDGET_S, RedisDirectory
+from kvferry.kvstore.redis_directory import CALLS_AT_ONCE, RedisDirectory
 from kvferry.kvstore.redis_entries import claim_key, encode, hint_key
 from kvferry.kvstore.redis_pipe import ServerPipe, connect
 from kvferry.kvstore.redis_target import parse_redis_url
 
 LONG = pytest.mark.long
-SLACK_S = 0.1  # a loaded machine's
+SLACK_S = 0.01
+TURNS = 50  # of the event loop, for what is decided to be done
 A, B = holders_at(0, 1)
 READER = Holder("10.9.9.9:7000", boot_of(0))
 KEYS = keys_of("x", 130)
@@ -45,6 +45,24 @@ def lines(caplog):
     """What was logged, by level."""
     caplog.set_level(logging.INFO, "kvferry")
     return lambda level: [record.getMessage() for record in caplog.records if record.levelname == level]
+
+
+async def in_time(answer, seconds=None):
+    """What a call answers, which must not take longer than its budget; measured by this loop's own clock, which is late
+    where this machine is."""
+    call = asyncio.ensure_future(answer)
+    await asyncio.wait([call], timeout=redis_directory.BUDGET_S + SLACK_S if seconds is None else seconds)
+    for _ in range(TURNS):
+        if call.done():
+            break
+        await asyncio.sleep(0)
+    assert call.done(), "it took longer than its budget"
+    return call.result()
+
+
+async def at_once(answer):
+    """The same of a call that waits for nothing."""
+    return await in_time(answer, 0)
 
 
 class Story:
@@ -80,9 +98,7 @@ class Story:
             (self.reader.renew([key]), None),
             (self.reader.announce(keys_of("later", 3)), None),
         ):
-            begun = time.perf_counter()
-            assert await answer == expected
-            assert time.perf_counter() - begun < BUDGET_S + SLACK_S
+            assert await in_time(answer) == expected
 
     async def heals(self, keys=KEYS):
         """By itself, and what is used again is found again."""
@@ -195,16 +211,13 @@ def test_redis_is_paused(server, pause_s, lines):
         async with Story(server.url) as at:
             await at.told()
             server.pause()
-            end, waited = time.monotonic() + pause_s, []
+            end = time.monotonic() + pause_s
+            while not at.reader.stats().open:  # one call, unless this process was late itself
+                assert not any(await in_time(at.reader.locate(KEYS)))
             while time.monotonic() < end:
-                begun = time.perf_counter()
-                assert not any(await at.reader.locate(KEYS[:64]))
-                assert await at.reader.claim(KEYS[0]) is None
-                waited.append(time.perf_counter() - begun)
+                assert not any(await at_once(at.reader.locate(KEYS)))
+                assert await at_once(at.reader.claim(KEYS[0])) is None
                 await asyncio.sleep(0.01)
-            assert waited[0] < BUDGET_S + SLACK_S
-            assert max(waited[1:]) < SLACK_S, "only the first one waits"
-            assert median(waited) < 0.001
             assert at.reader.stats().errors["timeout"] >= (2 if pause_s > 4 else 1), "it was tried again meanwhile"
             server.resume()
             await at.heals()
@@ -237,7 +250,6 @@ def test_redis_refuses(server, fault, cure, kind, lines):
             await at.a.renew([key])
             await until(lambda: at.a.stats().errors.get(kind, 0) >= 2)
             assert at.a.stats().open
-            assert at.a.stats().errors.keys() == {kind}
             assert "kvf:" not in "".join(lines("WARNING"))
             server.ask(*cure)
             await at.heals()
@@ -258,12 +270,13 @@ def test_redis_wants_a_password(server, tmp_path, lines):
                 file.write_text("right\n")
                 await at.heals()
                 file.unlink()
+                admin.config_set("requirepass", "another")
                 admin.client_kill_filter(_type="normal", skipme=True)
                 await at.misses()
                 await until(lambda: at.reader.stats().errors.get("configuration", 0) >= 1)
-                file.write_text("right\n")
+                file.write_text("another\n")
                 await at.heals()
-        assert not [line for line in lines("WARNING") if "secret" in line or "right" in line]
+        assert not [line for line in lines("WARNING") if "secret" in line or "right" in line or "another" in line]
 
     play(story())
 
@@ -355,9 +368,7 @@ def test_a_huge_value_costs_no_more_than_the_budget(server):
         async with Story(server.url) as at:
             await at.told()
             server.ask("SET", hint_key(KEYS[0], 1), bytes(100_000_000))
-            begun = time.perf_counter()
-            assert await at.reader.locate(KEYS[:1]) in ([(A,)], [()])
-            assert time.perf_counter() - begun < BUDGET_S + SLACK_S
+            assert await in_time(at.reader.locate(KEYS[:1])) in ([(A,)], [()])
             server.flush()
             await at.heals()
 
@@ -562,23 +573,35 @@ def test_a_process_that_is_late_does_not_blame_redis(server):
     play(story())
 
 
-def test_more_callers_than_connections(server):
-    """Everybody is answered; who waits too long for his turn gets a miss, and Redis is not blamed for it."""
+def test_more_callers_than_connections(server, patience):
+    """They take turns."""
 
     async def story():
         proxy, url = await proxied(server)
         async with Story(url) as at:
             await at.told()
-            proxy.delay = lambda: 0.02
-            answers = await asyncio.gather(*(at.reader.locate(KEYS) for _ in range(100)))
-            right = answers.count([(A,)] * len(KEYS))
-            assert 0 < right < 100
-            assert answers.count([()] * len(KEYS)) == 100 - right
-            assert at.reader.stats().errors.keys() == {"busy"}
-            assert not at.reader.stats().open
-            proxy.delay = lambda: 0.0
             await until(at.finds)
+            before = proxy.connections
+            proxy.delay = lambda: 0.02
+            answers = await asyncio.gather(*(at.reader.locate(KEYS[i : i + 1]) for i in range(100)))
+            assert answers == [[(A,)]] * 100
+            assert proxy.connections - before == CALLS_AT_ONCE - 1
         await proxy.end()
+
+    play(story())
+
+
+def test_who_waits_too_long_for_his_turn_does_not_blame_redis(server):
+    async def story():
+        async with Story(server.url) as at:
+            await at.told()
+            for _ in range(CALLS_AT_ONCE):
+                await at.reader._at_once.acquire()
+            assert await in_time(at.reader.locate(KEYS)) == [()] * len(KEYS)
+            assert (at.reader.stats().errors, at.reader.stats().opened) == ({"busy": 1}, 0)
+            for _ in range(CALLS_AT_ONCE):
+                at.reader._at_once.release()
+            await until(at.finds)
 
     play(story())
 
@@ -625,9 +648,7 @@ def test_a_node_of_a_cluster_is_killed():
             await until(lambda: at.finds(keys))
             for server in cluster.servers:
                 server.kill()
-                begun = time.perf_counter()
-                answer = await at.reader.locate(keys)
-                assert time.perf_counter() - begun < BUDGET_S + SLACK_S
+                answer = await in_time(at.reader.locate(keys))
                 assert 0 < answer.count((A,)) < len(keys), "the other nodes' segments are answered"
                 await at.misses()
                 await until(lambda: at.reader.stats().open)
