@@ -9,13 +9,21 @@ from kvferry.common import certs
 from kvferry.common.credentials import Credentials, minute
 
 PATIENCE_S = 2.0
-EXPIRED, NOT_YET = 10, 9  # OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED and X509_V_ERR_CERT_NOT_YET_VALID
-PURPOSE = 26  # and X509_V_ERR_INVALID_PURPOSE
+AGAIN_S = 0.3  # who is just ending hangs up, too, and is gone then
+EXPIRED, NOT_YET, PURPOSE = 10, 9, 26  # OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, _CERT_NOT_YET_VALID, _INVALID_PURPOSE
+NO_TLS = "WRONG_VERSION_NUMBER"
 
 
 async def why_refused(address: str, role: str, credentials: Credentials | None) -> str:
-    """What is wrong between us and a server of `role` at `host:port`, as far as a handshake tells: with these
-    credentials, or without any. Empty where nothing is, or where nobody answers."""
+    """What is wrong between us and a server of `role` at `host:port`, as far as two handshakes in a row tell: with
+    these credentials, or without any. Empty where nothing is, or where nobody answers."""
+    if not (found := await _look(address, role, credentials)):
+        return ""
+    await asyncio.sleep(AGAIN_S)
+    return found if await _look(address, role, credentials) == found else ""
+
+
+async def _look(address: str, role: str, credentials: Credentials | None) -> str:
     host, _, port = address.rpartition(":")
     context = _context(credentials)
     try:
@@ -29,8 +37,9 @@ async def why_refused(address: str, role: str, credentials: Credentials | None) 
                 writer.close()
     except ssl.SSLCertVerificationError as error:
         return _fault(error.verify_code)
-    except ssl.SSLError:
-        return "" if credentials is None else "it answers without certificates; start it with --certs, too"
+    except ssl.SSLError as error:
+        plain = credentials is not None and error.reason == NO_TLS
+        return "it answers without certificates; start it with --certs, too" if plain else ""
     except (OSError, TimeoutError):
         return ""
 
