@@ -28,7 +28,17 @@ from msgspec import Meta
 
 from kvferry.common.errors import IncompatibleNode
 from kvferry.common.hashing import length_prefixed
-from kvferry.kvstore.protocol import LENGTH, MAX_FRAME_BYTES, Name, Proofs, ProtocolError, Refused, Salt, body_length
+from kvferry.kvstore.protocol import (
+    BAD_BODY,
+    LENGTH,
+    MAX_FRAME_BYTES,
+    Name,
+    Proofs,
+    ProtocolError,
+    Refused,
+    Salt,
+    body_length,
+)
 
 VERSION = 1
 NONCE_BYTES = 32
@@ -152,7 +162,7 @@ async def hear(peer: socket.socket, kind: type[Said], most: int = MAX_FRAME_BYTE
     length = body_length(await exactly(peer, LENGTH.size), most)
     try:
         message = _DECODERS[kind].decode(await exactly(peer, length))
-    except (msgspec.DecodeError, RecursionError) as error:
+    except BAD_BODY as error:
         raise ProtocolError(f"not a valid {kind.__name__.lower()}: {error}") from None
     if isinstance(message, Refused):
         reason = "".join([c if c.isprintable() else "?" for c in message.reason[:MAX_REASON]])

@@ -201,6 +201,9 @@ Reply = Matched | Reserved | Granted | Committed | Released | Done | Counted | R
 Message = Hello | Welcome | Request | Reply
 Kind = Literal["hello", "greeting", "request", "reply"]
 
+# What a decoder raises at bytes that somebody made up.
+BAD_BODY = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS: dict[Kind, msgspec.msgpack.Decoder] = {
     "hello": msgspec.msgpack.Decoder(Hello),
@@ -230,7 +233,7 @@ def decode(kind: Kind, body: bytes) -> Message:
     """The message of a frame, which must be of that kind. Raises ProtocolError with what is wrong."""
     try:
         return _DECODERS[kind].decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except BAD_BODY as error:
         raise ProtocolError(f"not a valid {kind}: {error}") from None
 
 
