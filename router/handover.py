@@ -23,6 +23,11 @@ from kvferry.router.placement import Placement
 
 FILL_ATTEMPTS = 3
 TOO_LONG = "the request took longer than it may; ask for fewer tokens, or for more time if you set a timeout"
+TOO_SLOW = (
+    "the client reads more slowly than the answer is written, and this server cannot hold what is between them; read "
+    "faster, or ask for fewer tokens"
+)
+HELD = 2**18  # tokens and log probabilities that wait for a client, in one handover
 LINGER_S = 0.8  # closing a connection frees everything behind it within a second
 
 log = logging.getLogger(__name__)
@@ -38,6 +43,11 @@ class Piece:
     choice: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def weight_of(piece: Piece) -> int:
+    """How many tokens and log probabilities are in it; those of a prompt, which are bounded elsewhere, apart."""
+    return len(piece.token_ids) + sum(1 + len(one.top) for one in piece.logprobs)
 
 
 def piece_of(tokens: pb.Tokens) -> Piece:
@@ -62,6 +72,8 @@ class Handover:
         self._subscription = placement.decode.subscription
         self._stream = self._subscription.add(self._hear)
         self._out: asyncio.Queue[Piece | KvferryError | None] = asyncio.Queue()  # None: it is admitted
+        self._held = 0  # of what is in `_out`
+        self._aborted: KvferryError | None = None
         self._restored = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._writing = asyncio.Lock()  # gRPC takes one message at a time
@@ -103,8 +115,11 @@ class Handover:
         try:
             while self._going_on:
                 piece = await self._out.get()
+                if self._aborted is not None:
+                    raise self._aborted
                 if isinstance(piece, KvferryError):
                     raise piece
+                self._held -= weight_of(piece)
                 if piece.finish_reason is not None:
                     self._going_on.discard(piece.choice)
                 yield piece
@@ -115,7 +130,7 @@ class Handover:
         """Decode's events: its tokens go out; that the blocks have arrived lets the fill go."""
         kind = event and event.WhichOneof("event")
         if kind == "tokens":
-            self._out.put_nowait(piece_of(event.tokens))
+            self._give(piece_of(event.tokens))
         elif kind == "prompt_logprobs":
             told = tuple(map(logprobs_from_wire, event.prompt_logprobs.tokens))
             self._out.put_nowait(Piece((), prompt_logprobs=told))
@@ -128,6 +143,16 @@ class Handover:
             self._out.put_nowait(Unavailable("the decode node finished before the last token"))
         elif event is None:
             self._fail(Unavailable("the connection to the decode node broke"))
+
+    def _give(self, piece: Piece) -> None:
+        """To whoever takes the pieces. When too many wait for it, it gets none any more, and decode makes none."""
+        self._held += weight_of(piece)
+        if self._held <= HELD:
+            self._out.put_nowait(piece)
+        elif self._aborted is None:
+            self.abort(Overloaded(TOO_SLOW))
+            self._subscription.remove(self._stream)
+            self._continue.cancel()
 
     async def _await_end(self) -> None:
         """Decode's call; unless it ends well, nothing comes after it."""
@@ -216,7 +241,7 @@ class Handover:
             progress.first_tokens.extend(report.first_tokens)
             for choice, first in enumerate(report.first_tokens, start=self._choice):
                 told = (logprobs_from_wire(first.logprobs),) if first.HasField("logprobs") else ()
-                self._out.put_nowait(Piece((first.token_id,), first.finish_reason or None, choice, told))
+                self._give(Piece((first.token_id,), first.finish_reason or None, choice, told))
         progress.committed_blocks, progress.holder = report.committed_blocks, report.holder
         progress.done = report.done
         going_on = [first for first in progress.first_tokens if not first.finish_reason]
@@ -240,7 +265,8 @@ class Handover:
             await self._write(pb.ContinueCommand(end_choice=pb.EndChoice(choice=choice)))
 
     def abort(self, why: KvferryError) -> None:
-        """Have `pieces` raise."""
+        """Have `pieces` raise, whatever else waits there."""
+        self._aborted = self._aborted or why
         self._out.put_nowait(why)
 
     async def finish(self) -> None:

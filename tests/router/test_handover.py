@@ -13,6 +13,7 @@ from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
 from kvferry.common.wire import answers_errors, first_command
 from kvferry.decode.subscriber import Subscriber
+from kvferry.router import handover as handover_module
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.handover import Handover
 from kvferry.router.nodes import Nodes
@@ -58,10 +59,15 @@ def token(number: int, reason: str = "") -> dict[str, pb.Tokens]:
 
 
 def hand_over(
-    tmp_path, script: Script, admission_s: float = 10.0, n: int = 1, ends: dict[int, int] | None = None
+    tmp_path,
+    script: Script,
+    admission_s: float = 10.0,
+    n: int = 1,
+    ends: dict[int, int] | None = None,
+    late: bool = False,
 ) -> tuple[list[int], KvferryError | None, bool]:
     """The tokens that came, what they ended in, and whether the node is still taken to be there. `ends`: after which
-    token which choice is not wanted any more."""
+    token which choice is not wanted any more. `late`: nothing is taken before the node's call has ended."""
 
     async def main():
         service, server = Scripted(script), grpc.aio.server()
@@ -79,6 +85,8 @@ def hand_over(
         clock = MonotonicClock()
         try:
             await handover.open(admission_s)
+            if late:
+                await service.ended.wait()
             async for piece in handover.pieces(clock, clock.now() + 20):
                 got += piece.token_ids
                 if ends and (choice := ends.pop(got[-1], None)) is not None:
@@ -202,3 +210,35 @@ def test_a_choice_that_is_not_wanted_any_more(tmp_path, too_late):
 
     got, error, there = hand_over(tmp_path, script, n=2, ends={20: 1})
     assert (got, error, there) == ([10, 20, *([21] if too_late else []), 11, 12], None, True)
+
+
+@pytest.mark.parametrize(("logprobs", "held"), [(0, 999), (4, 5999)])
+def test_what_waits_for_a_client_is_bounded(tmp_path, logprobs, held, monkeypatch):
+    """Decode is told to make no more, whether or not the client reads on; it hears why when it does."""
+    monkeypatch.setattr(handover_module, "HELD", held)
+    told = pb.TokenLogprobs(logprob=-1.0, top_ids=[7] * logprobs, top_logprobs=[-1.0] * logprobs)
+
+    async def script(service, tell):
+        tell(admitted=pb.Admitted())
+        for _ in range(1000):
+            tell(tokens=pb.Tokens(token_ids=[7], logprobs=[told] if logprobs else []))
+        await forever()
+
+    got, error, there = hand_over(tmp_path, script, late=True)
+    assert (got, type(error), there) == ([], Overloaded, True)
+    assert "reads more slowly" in str(error)
+
+
+def test_whoever_reads_on_may_have_as_much_as_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(handover_module, "HELD", 1500)
+
+    async def script(service, tell):
+        tell(admitted=pb.Admitted())
+        for number in range(40):
+            tell(tokens=pb.Tokens(token_ids=[number] * 50, finish_reason="length" if number == 39 else ""))
+            await service.subscriber.flushed()
+            await asyncio.sleep(0.01)
+        tell(finished=pb.Finished())
+
+    got, error, _ = hand_over(tmp_path, script)
+    assert (len(got), error) == (2000, None)
