@@ -19,6 +19,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables: list[list[int]] = []
         self.free = list(range(blocks))  # next to go first
         self.names: dict[int, bytes] = {}
+        self.owners: dict[bytes, str] = {}
 
     def holders(self, block: int) -> int:
         return sum(table.count(block) for table in self.tables)
@@ -57,12 +58,24 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables.append(list(table))
 
     @precondition(lambda self: any(self.tables))
-    @rule(data=st.data(), name=st.sampled_from(NAMES))
-    def name(self, data, name):
+    @rule(data=st.data(), name=st.sampled_from(NAMES), owner=st.sampled_from("xy"))
+    def name(self, data, name, owner):
         block = data.draw(st.sampled_from([block for table in self.tables for block in table]))
-        self.pool.name(block, name)
+        self.pool.name(block, name, owner)
         if block not in self.names and name not in self.names.values():
             self.names[block] = name
+            self.owners[name] = owner
+
+    @rule(owner=st.sampled_from("xy"))
+    def forget(self, owner):
+        """Its free blocks go first from now on, in whatever order; held ones stay with those who hold them."""
+        theirs = [block for block, name in self.names.items() if self.owners[name] == owner]
+        assert self.pool.forget(owner) == len(theirs)
+        for block in theirs:
+            del self.names[block]
+            if block in self.free:
+                self.free.remove(block)
+                self.free.insert(0, block)
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -113,6 +126,27 @@ def test_the_tail_goes_before_the_head_and_the_nameless_before_all():
     pool.allocate(2)  # the two that were never used
     assert pool.allocate(1) == [table[2]]
     assert pool.match(NAMES[:3]) == table[:2], "what stays is a prefix"
+
+
+def test_an_owner_that_is_forgotten_leaves_what_is_held_and_nothing_to_find():
+    pool = PagePool(6)
+    theirs, others = pool.allocate(3), pool.allocate(2)
+    for block, name in zip(theirs, NAMES, strict=False):
+        pool.name(block, name, "theirs")
+    for block, name in zip(others, NAMES[4:], strict=False):
+        pool.name(block, name, "others")
+    pool.release(others)
+    pool.release(theirs[1:])
+    assert pool.forget("theirs") == 3
+    assert pool.forget("theirs") == 0
+    pool.check_integrity([theirs[:1]])
+    assert pool.match(NAMES[:3]) == []
+    assert pool.match(NAMES[4:6]) == others
+    assert pool.holders(theirs[0]) == 1, "a sequence that runs keeps what it has"
+    assert set(pool.allocate(2)) == set(theirs[1:]), "and is overwritten first"
+    pool.release(theirs[:1])
+    assert pool.allocate(1) == theirs[:1]
+    assert pool.match(NAMES[4:6]) == others
 
 
 @pytest.mark.parametrize("damage", ["holders", "names"])
