@@ -4,6 +4,7 @@ What is in a Struct is supported. What is in a table of neutral fields is not, b
 is passes; any other is a 400. Everything else is unknown, a 400 too.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -142,7 +143,7 @@ NEUTRAL_COMPLETION = NEUTRAL_COMMON | {"suffix": ("",), "prompt_embeds": ()}
 NEUTRAL_CHAT = NEUTRAL_COMMON | {
     "echo": (False,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],), "audio": (),
-    "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (), "chat_template": (),
+    "prediction": (), "reasoning_effort": (), "verbosity": ("medium",), "web_search_options": (), "chat_template": (),
     "documents": ([],), "media_io_kwargs": ({},), "moderation": (), "prompt_cache_options": (ANYTHING,),
 }  # fmt: skip
 NO_TOOLS = "tools are not supported: describe them in a message, and read the call from the answer's text"
@@ -167,3 +168,16 @@ NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
     "reasoning_content": ("",), "annotations": ([],),
 }  # fmt: skip
 NEUTRAL_PART: dict[str, tuple[Any, ...]] = {"cache_control": (ANYTHING,), "prompt_cache_breakpoint": (ANYTHING,)}
+NAMES = frozenset().union(
+    *(
+        body.__struct_fields__
+        for body in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, StreamOptions, MessageBody, TextPart)
+    ),
+    *(NEUTRAL_COMPLETION, NEUTRAL_CHAT, NEUTRAL_TOKENIZE, NEUTRAL_STREAM, NEUTRAL_MESSAGE, NEUTRAL_PART),
+)
+STEP = re.compile(r"\[\d+\]\.?|\.")
+
+
+def is_known(path: str) -> bool:
+    """Whether a field, such as `messages[0].content`, has a name of ours; a client can make up any other."""
+    return all(name in NAMES for name in STEP.split(path) if name)

@@ -22,6 +22,7 @@ from kvferry.router.values import shown, shown_word
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 MAX_NAME_SHOWN = 64
+DIGITS = 400  # of a number in a large body; to read a longer one takes time that grows as their square
 SCANNED = 2**18  # bytes of a body that are looked at in one go
 ANYTHING = object()  # in a table of neutral values: any value is
 NO_HINTS: Mapping[str, str] = MappingProxyType({})
@@ -51,12 +52,13 @@ def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
 
 
 def check_values(body: bytes, limits: Limits) -> None:
-    """Raise InvalidRequest for more values than a body may have, by its quotes, brackets and commas."""
+    """Raise InvalidRequest for more values than a body may have, by its quotes, brackets and commas, and for a number
+    that takes long to read."""
     most, numbers = limits.json_values, limits.prompt_tokens
     if len(body) <= most:
         return  # each has a byte
     text = np.frombuffer(body.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
-    inside, quotes, opened, commas = False, 0, 0, 0
+    inside, quotes, opened, commas, digits = False, 0, 0, 0, 0
     for start in range(0, len(text), SCANNED):
         piece = text[start : start + SCANNED]
         quote = piece == ord('"')
@@ -65,6 +67,11 @@ def check_values(body: bytes, limits: Limits) -> None:
         quotes += np.count_nonzero(quote)
         opened += np.count_nonzero(((piece == ord("[")) | (piece == ord("{"))) & outside)
         commas += np.count_nonzero((piece == ord(",")) & outside)
+        others = np.flatnonzero(~outside | (piece < ord("0")) | (piece > ord("9")))
+        runs = np.diff(others, prepend=-1 - digits, append=len(piece)) - 1  # of digits, between others
+        digits = int(runs[-1])
+        if runs.max() > DIGITS:
+            raise InvalidRequest(f"the body has a number of more than {DIGITS} digits")
     if (found := quotes // 2 + opened) > most:
         raise InvalidRequest(
             f"the body has {found} strings, lists and objects, names of fields included; this server takes {most}"

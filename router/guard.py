@@ -12,6 +12,7 @@ from aiohttp import web
 from kvferry.common.errors import ExpectationFailed, HeadersTooLarge, InvalidRequest, KvferryError, outcome_of
 from kvferry.common.telemetry import REQUEST_ID
 from kvferry.router.accounting import Metrics
+from kvferry.router.bodies import is_known
 from kvferry.router.gate import Place
 from kvferry.router.limits import Limits
 from kvferry.router.probes import PATHS
@@ -61,7 +62,8 @@ def guard(limits: Limits, metrics: Metrics | None) -> Callable[[web.Request, Han
         if request.path not in PATHS:  # those are asked again and again
             where = request.match_info.route.resource  # what a client made up is not written down
             path = "an unknown path" if where is None else where.canonical
-            about = getattr(error, "param", None) or "the request"
+            field = getattr(error, "param", None) or "the request"
+            about = field if field == "the request" or is_known(field) else "an unknown field"
             whose = f"; tenant {request['tenant']}" if "tenant" in request else ""
             which = f"; limit {error.limit}" if hasattr(error, "limit") else ""
             told = (request.method, path, outcome.http, outcome.code, about, whose, which)

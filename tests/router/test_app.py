@@ -292,3 +292,35 @@ def test_waiting_for_a_worker_ends_with_the_clients_time():
         await nodes.close()
 
     asyncio.run(main())
+
+
+MADE_UP = "sk-my-secret 0123456789\n19:00:00 router INFO forged"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "about"),
+    [
+        ("completions", {"prompt": "a", MADE_UP: 1}, "an unknown field"),
+        ("completions", {"prompt": "a", "stream": True, "stream_options": {MADE_UP: 1}}, "an unknown field"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a", MADE_UP: 1}]}, "an unknown field"),
+        ("chat/completions", {"messages": [{"role": "user", "content": []}], MADE_UP * 99: 1}, "an unknown field"),
+        ("chat/completions", {"messages": [{"role": 7}]}, "messages[0].role"),
+        ("chat/completions", {"messages": [], "tools": [1]}, "tools"),
+        ("completions", {"prompt": "a", "temperature": -1}, "temperature"),
+        ("completions", {"prompt": "a", "stream": True, "stream_options": 1}, "stream_options"),
+    ],
+)
+def test_names_that_a_client_makes_up_are_not_logged(path, body, about, caplog):
+    """It is told of them; the log has those that we know."""
+    caplog.set_level("DEBUG")
+
+    async def use(nodes: Nodes, session: ClientSession, url: str) -> None:
+        async with session.post(f"{url}/v1/{path}", data=json.dumps(body)) as answer:
+            param = (await answer.json())["error"]["param"]
+            assert MADE_UP[:20] in param if about == "an unknown field" else param == about
+
+    with_front(use)
+    told = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert len(told) == 1
+    assert f" refused: 400 invalid_request, for {about}; tenant " in told[0]
+    assert not any(MADE_UP[:12] in record.getMessage() or "forged" in record.getMessage() for record in caplog.records)

@@ -432,6 +432,21 @@ def test_how_many_numbers_a_body_may_have():
                 check_values(body, limits)
 
 
+@pytest.mark.parametrize("scanned", [1, 7, 400, 401, 2**18])
+@pytest.mark.parametrize("around", [('{"a":', "}"), ('{"a":[1,-', "]}"), ('{"a":"b","c":0.', "e1}")])
+def test_how_many_digits_a_number_of_a_large_body_may_have(scanned, around, monkeypatch):
+    """Wherever it is cut to be looked at; within a string there may be any number of them."""
+    monkeypatch.setattr(fields_module, "SCANNED", scanned)
+    limits = Limits(json_values=10)
+    begin, end = around
+    for digits in (1, 399, 400):
+        check_values(f"{begin}{'7' * digits}{end}".encode(), limits)
+    check_values(f'{begin}"{"7" * 900}"{end}'.encode(), limits)
+    for digits in (401, 402, 900):
+        with pytest.raises(InvalidRequest, match="the body has a number of more than 400 digits"):
+            check_values(f"{begin}{'7' * digits}{end}".encode(), limits)
+
+
 def test_as_many_token_ids_as_there_may_be():
     """By the limits as they are, of one prompt or of many."""
     most = Limits().prompt_tokens
@@ -607,6 +622,7 @@ def test_what_would_change_the_answer_is_refused(kind, name, value):
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [
+        ("chat", {"verbosity": "low"}, 'is not supported yet; leave it out or send "medium", not "low"'),
         ("chat", {"service_tier": "flex"}, 'is not supported yet; leave it out or send "auto", not "flex"'),
         ("completion", {"truncation_side": "up"}, 'leave it out or send "left", not "up"'),
         ("chat", {"tool_choice": "required"}, 'leave it out or send "none", not "required"; tools are not supported: '),
