@@ -229,13 +229,13 @@ class RedisDirectory:
         return ""
 
     async def _try(self, pipe: Pipe, marks: list[str]) -> None:
-        """Each command that we use, on each server. Raises what is wrong."""
-        for command in (["SET", "PX", HINT_MS], ["MGET"], ["GET"], ["PEXPIRE", HINT_MS]):
-            verb, *more = command
-            value = [self._value] if verb == "SET" else []
-            for reply in await pipe.run([[verb, mark, *value, *more] for mark in marks]):
-                if _good(reply) in (None, [None]):
-                    raise ResponseError(f"what was just written cannot be read by {verb}")
+        """Each command that we use, on each server, in one round trip. Raises what is wrong."""
+        commands: list[Command] = []
+        for at in marks:
+            commands += [["SET", at, self._value, "PX", HINT_MS], ["MGET", at], ["GET", at], ["PEXPIRE", at, HINT_MS]]
+        for command, reply in zip(commands, await pipe.run(commands), strict=True):
+            if _good(reply) in (None, [None], 0):
+                raise ResponseError(f"{command[0]} does not find what was just written")
 
     async def _announce_for_ever(self) -> None:
         while True:

@@ -58,7 +58,7 @@ KINDS: tuple[tuple[type[Exception], str], ...] = (
 WORDS = {
     "timeout": "it did not answer in time",
     "authentication": "it does not accept our user and password",
-    "permission": "our user may not do what the directory needs, which an ACL line gives him",
+    "permission": "our user may not do what the directory needs, which its ACL has to give",
     "read_only": "it is a replica, which nobody may write to",
     "out_of_memory": "its memory is full, and it may not evict anything",
     "loading": "it is loading its data",
