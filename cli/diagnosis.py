@@ -160,6 +160,8 @@ def advice_on_worker(one: Worker) -> str:
         return f"give its address as that of its own role, or let a {one.role} worker with its certificate listen there"
     if "not from a CA" in one.problem:
         return "copy ca.pem and its role's certificate and key to its host from the folder of `kvferry certs init`"
+    if "does not answer" in one.problem:
+        return "look into its log, and start it anew"
     return f"start it, or see why this host does not reach {one.address}"
 
 
@@ -223,7 +225,7 @@ def of_store(one: Store, seen: Seen) -> Iterator[Finding]:
 def advice_on_meeting(problem: str, address: str) -> str:
     if "secret" in problem:
         return "copy the same store.secret to every host, and start the stores with it as --peer-secret-file"
-    if "cluster is called" in problem:
+    if "of the cluster" in problem:
         return "start every store, and this, with the same --cluster"
     if "protocol version" in problem:
         return SAME_RELEASE

@@ -16,7 +16,7 @@ from kvferry.cli.flags import Flags
 from kvferry.cli.layers import Settings
 from kvferry.cli.run import EXIT_FAILED, Parent
 from kvferry.cli.settings import SETTINGS
-from kvferry.common.config import LogConfig, check_worker_address, split_address
+from kvferry.common.config import LogConfig, check_worker_address, silence_grpc, split_address
 from kvferry.common.errors import ConfigError
 from kvferry.common.telemetry import setup_logging
 
@@ -60,6 +60,7 @@ def doctor(
     """
     from kvferry.cli.diagnosis import findings
 
+    silence_grpc()
     if not settings.values["log_level"].given:  # what is wrong, the table says
         setup_logging("doctor", LogConfig(log_level="WARNING", log_format=settings["log_format"]))
     found = findings(asyncio.run(examine(settings, list(peer or ()), certs or settings["router.certs"])))

@@ -18,7 +18,7 @@ from kvferry.cli.diagnosis import LocalStore, Redis, Store, Way, Worker
 from kvferry.common.clock import WallClock
 from kvferry.common.config import is_local
 from kvferry.common.credentials import Credentials
-from kvferry.common.errors import ConfigError, IncompatibleNode
+from kvferry.common.errors import ConfigError, IncompatibleNode, Unavailable
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.wire import error_of, layout_from_wire
 from kvferry.kvstore import measuring, redis_pipe
@@ -52,9 +52,11 @@ async def look_at_worker(role: str, address: str, credentials: Credentials | Non
             status = await status_of(link)
             answered = clock.now()
     except TimeoutError:
-        return replace(seen, problem=f"no answer within {WORKER_S:g} s")
+        return replace(seen, problem=await why_silent(address))
     except grpc.aio.AioRpcError as error:
-        return replace(seen, problem=await link.why_refused() or await why_silent(address) or str(error_of(error)))
+        told = error_of(error)
+        silent = isinstance(told, Unavailable)
+        return replace(seen, problem=await link.why_refused() or await why_silent(address) if silent else str(told))
     finally:
         await link.close()
     if status.role != role:
@@ -84,7 +86,7 @@ async def status_of(link: Link) -> pb.WorkerStatus:
 
 
 async def why_silent(address: str) -> str:
-    """What keeps us from a worker, where it is the network; empty if it is not."""
+    """What keeps us from a worker: the network, or the worker."""
     try:
         async with asyncio.timeout(WORKER_S):
             if address.startswith("unix:"):
@@ -95,7 +97,7 @@ async def why_silent(address: str) -> str:
     except OSError as error:
         return reason(error)
     writer.close()
-    return ""
+    return "it takes connections, and does not answer"
 
 
 async def expiry_at(address: str) -> datetime | None:

@@ -32,6 +32,11 @@ def foreign_environment() -> dict[str, str]:
     return {"GRPC_VERBOSITY": "ERROR", **others}
 
 
+def silence_grpc() -> None:
+    """Leave gRPC's own log out, of this process. Before gRPC is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
 def cache_dir() -> Path:
     """The user's cache folder for kvferry (XDG_CACHE_HOME, else ~/.cache), made if need be."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -108,8 +108,8 @@ WRONG = {
         ("store", "the same secret", "copy the same store.secret to every host"),
     ),
     "cluster": (
-        {"stores": [replace(STORES[0], problem="the cluster is called 'a' here, and 'b' there")]},
-        ("store", "'a' here, and 'b' there", "the same --cluster"),
+        {"stores": [replace(STORES[0], problem="it is of the cluster 'a', the caller of 'b'")]},
+        ("store", "'a', the caller of 'b'", "the same --cluster"),
     ),
     "cut link": (
         {"ways": [replace(WAY, problem="no answer within 1 s")]},

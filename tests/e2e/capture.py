@@ -1,13 +1,14 @@
-"""What passes a host's network, as TCP streams. Run as a program, it writes every packet of eth0 to a file until it is
-told to end."""
+"""What passes a host's network, as TCP streams: by a raw socket in its namespace; or, where hosts are addresses of
+loopback, by relays that stand between its processes and those of other hosts."""
 
 import signal
 import socket
 import struct
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from e2e.cluster import until
@@ -76,6 +77,52 @@ def segment_of(packet: bytes) -> tuple[Flow, int, bytes] | None:
     flow = (socket.inet_ntoa(whole[12:16]), source, socket.inet_ntoa(whole[16:20]), target)
     payload = tcp[(tcp[12] >> 4) * 4 :]
     return (flow, number, payload) if payload else None
+
+
+class Relays:
+    """Each passes on what comes, both ways, and keeps it."""
+
+    def __init__(self) -> None:
+        self.streams: list[bytearray] = []
+        self._listeners: list[socket.socket] = []
+
+    def to(self, address: str) -> str:
+        """Where to go instead."""
+        host, _, port = address.rpartition(":")
+        listener = socket.create_server((host, 0))
+        self._listeners.append(listener)
+        threading.Thread(target=self._serve, args=(listener, (host, int(port))), daemon=True).start()
+        return f"{host}:{listener.getsockname()[1]}"
+
+    def _serve(self, listener: socket.socket, there: tuple[str, int]) -> None:
+        with suppress(OSError):  # it was closed
+            while True:
+                near, _ = listener.accept()
+                try:
+                    far = socket.create_connection(there, timeout=5)
+                except OSError:
+                    near.close()
+                    continue
+                far.settimeout(None)
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        """Until one side ends; then both do."""
+        stream = bytearray()
+        self.streams.append(stream)
+        with suppress(OSError):
+            while piece := source.recv(2**18):
+                stream += piece
+                target.sendall(piece)
+        for one in (source, target):
+            with suppress(OSError):  # the other direction was first
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for listener in self._listeners:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
 
 
 @contextmanager

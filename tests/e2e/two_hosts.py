@@ -13,6 +13,7 @@ from typing import IO, Any
 import httpx
 import psutil
 import redis
+from e2e.capture import Relays
 from e2e.cluster import ANSWER_S, KVFERRY, LOCAL, POOL_BLOCKS, START_S, STOP_S, Cluster, until
 from e2e.netns import Host, Loopback
 from e2e.probe import Probe, arena_of
@@ -43,7 +44,10 @@ class TwoHosts(Cluster):
         self.url = f"http://{self.front.address}:{API}"
         self.http = httpx.Client(base_url=self.url, timeout=ANSWER_S, limits=httpx.Limits(max_keepalive_connections=0))
         self.processes: dict[str, subprocess.Popen] = {}
-        self.advertised: dict[str, str] = {}  # by which address another process reaches one, where it is not its own
+        self.relays = None if net.can_cut else Relays()  # between the hosts, where there is no network to look at
+        names = [name for name in self.where if name not in ("redis", "router")] if self.relays else []
+        self.advertised: dict[str, str] = {}  # by which address a process is reached, where it is not its own
+        self.advertised = {name: self.relays.to(self.at(name)) for name in names}
 
     # -- what a person types -------------------------------------------------------------------------------------
 
@@ -198,6 +202,9 @@ class TwoHosts(Cluster):
         for process in self.processes.values():
             process.kill()
             process.wait()
+        if self.relays is not None:
+            self.relays.close()
+            self.relays = None
 
     # -- what there is -------------------------------------------------------------------------------------------
 
