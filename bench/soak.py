@@ -182,7 +182,9 @@ class Soak:
             if not held or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.1)
-        if held:
+        if stats is None:
+            self.errors.append(f"{node.name} does not answer at rest")
+        elif held:
             self.errors.append(f"{node.name} holds something for nobody: {stats}")
         elif left := [tenant for tenant in self._erased if tenant in stats.committed_by_tenant]:
             self.errors.append(f"{node.name} still has blocks of erased tenants: {left}")

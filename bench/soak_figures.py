@@ -11,7 +11,7 @@ from soak_processes import Node, Part, Worker
 
 # Of memory and descriptors, from the first rest to the last. What may still come to be in a node by then is bounded:
 # the names of 65536 blocks that are gone and of as many that were announced, connections to other nodes and to Redis.
-GROWTH_MIB, GROWTH_FDS = 48, 16
+GROWTH_MIB, GROWTH_FDS = 32, 16
 MEANINGS = {
     "errors": "must be 0",
     "published": "blocks that workers published and nobody had",
@@ -74,7 +74,7 @@ def grown(parts: Sequence[Part]) -> list[str]:
 
 def show(figures: dict[str, float], parts: Sequence[Part], faults: Counter[str]) -> None:
     sizes = Table("process", "starts", "MiB at first", "at the end", "descriptors at first", "at the end")
-    for part in parts:
+    for part in (part for part in parts if part.sizes):
         first, last = part.sizes[0], part.sizes[-1]
         memory = [f"{size.rss / 2**20:.0f}" for size in (first, last)] + [str(size.fds) for size in (first, last)]
         sizes.add_row(part.name, str(part.starts), *memory)

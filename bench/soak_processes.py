@@ -56,7 +56,9 @@ class Part:
 
     @property
     def growth(self) -> Size:
-        """From the first measurement to the last, of lives that may differ."""
+        """From the first measurement to the last, of lives that may differ. Nothing if there was none."""
+        if not self.sizes:
+            return Size(0, 0)
         return Size(self.sizes[-1].rss - self.sizes[0].rss, self.sizes[-1].fds - self.sizes[0].fds)
 
     async def run(self, *command: str | Path, stdin: int = DEVNULL, stdout: int = DEVNULL) -> Process:
