@@ -1,6 +1,8 @@
 """Clients that do not speak HTTP well, or slowly: each is answered or dropped in time, and costs nobody anything."""
 
 import json
+import re
+import resource
 import select
 import socket
 import threading
@@ -11,7 +13,7 @@ from functools import partial
 from http.client import HTTPConnection
 
 import pytest
-from e2e.cluster import Cluster, credential, until
+from e2e.cluster import KVFERRY, Cluster, credential, until
 
 from kvferry.router.limits import DEFAULT_LIMITS
 from kvferry.router.listener import MAX_HEADERS
@@ -231,12 +233,53 @@ def test_a_reader_that_stops(cluster, prompts):
         until(lambda: not peers(cluster, connection), WRITE_S + SLACK_S + 2, "dropped")
         assert time.monotonic() - begun > WRITE_S / 2
     until(lambda: not cluster.busy(), SLACK_S, "idle")
+    assert 'kvferry_requests_total{outcome="slow_reader"} 1.0' in cluster.admin("/metrics").text
+    log = cluster.log.read_text()
+    assert log.count("the client read nothing for 1 s and is dropped") == 1
+    assert re.search(r"completion for tenant [0-9a-f]{16}: slow_reader, 900 prompt tokens", log)
+
+
+def test_a_slow_reader_is_no_reader_that_stops(cluster, prompts):
+    """It reads a little at a time, all the time, for longer than one may read nothing."""
+    body = cluster.body(prompts.tokens(900), max_tokens=1, prompt_logprobs=20, n=8)
+    asked, received = json.dumps(body).encode(), b""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        connection.settimeout(30)
+        connection.connect(("127.0.0.1", cluster.port))
+        connection.sendall(head(cluster, f"Content-Length: {len(asked)}") + asked)
+        received += connection.recv(2**16)
+        begun = time.monotonic()
+        while time.monotonic() - begun < 5 * WRITE_S:
+            received += connection.recv(2**16)
+            time.sleep(WRITE_S / 10)
+        length = int(re.search(rb"Content-Length: (\d+)", received)[1]) + received.index(b"\r\n\r\n") + 4
+        assert len(received) < length, "it was slow"
+        while len(received) < length:
+            data = connection.recv(2**20)
+            assert data, f"dropped after {len(received)} of {length} bytes"
+            received += data
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 8
 
 
 def peers(cluster: Cluster, connection: socket.socket) -> list:
     """The router's side of a connection."""
     mine = connection.getsockname()[1]
     return [one for one in cluster.of_role("router").net_connections("tcp") if one.raddr and one.raddr.port == mine]
+
+
+def test_silent_connections_keep_nobody_out(own, checkpoints, prompts):
+    """However few descriptors the process began with: more than that many connections, of no request."""
+    few = ("sh", "-c", 'ulimit -Sn 300; exec "$0" "$@"', *KVFERRY)
+    cluster = own(command=few)
+    soft, hard = cluster.of_role("router").rlimit(resource.RLIMIT_NOFILE)
+    assert 300 < soft <= hard
+    with ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(connected(cluster))
+        assert len(cluster.ask(prompts.tokens(20)).token_ids) == 24
+        assert cluster.ready()
+    cluster.stop()
 
 
 def test_nothing_grows(cluster, prompts):
@@ -288,6 +331,8 @@ def large_bodies() -> Iterator[tuple[str, str]]:
         listed('"a"'),
         listed("97", tokens),
         listed("97"),
+        listed("9" * 4290),  # each takes as long as thousands of short ones
+        listed("9" * 400),
         listed('"' + "ab c" * 1022 + '"', 128),
     ):
         yield COMPLETION, f'{{"prompt":{prompt},"max_tokens":1}}'
