@@ -53,7 +53,9 @@ class Link:
         arena: ArenaMap | None,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        to: str = "the store",
     ):
+        self._to = to
         self.welcome = welcome
         self.arena = arena
         self.lost = asyncio.Event()
@@ -92,15 +94,15 @@ class Link:
         return cls(welcome, arena, reader, writer)
 
     @classmethod
-    async def over(cls, peer: socket.socket, boot_id: bytes) -> "Link":
-        """To another host's node that has accepted us on this socket, which the link owns from here on: it may be asked
-        what an observer may ask."""
+    async def over(cls, peer: socket.socket, address: str, boot_id: bytes) -> "Link":
+        """To another host's node, at `address`, that has accepted us on this socket, which the link owns from here on:
+        it may be asked what an observer may ask."""
         try:
             reader, writer = await asyncio.open_connection(sock=peer)
         except BaseException:
             peer.close()
             raise
-        return cls(say.Welcome(boot_id, 0, 0, 0, 0.0), None, reader, writer)
+        return cls(say.Welcome(boot_id, 0, 0, 0, 0.0), None, reader, writer, f"the store at {address}")
 
     async def request(
         self, message: say.Request, expect: type[R], timeout_s: float, if_abandoned: Callable[[R], None] | None = None
@@ -143,7 +145,7 @@ class Link:
         if self.lost.is_set():
             return
         self.lost.set()
-        log.info("the connection to the store ended: %s", reason)
+        log.info("the connection to %s ended: %s", self._to, reason)
         for asked in self._asked.values():
             if not asked.reply.done():
                 asked.reply.set_exception(Unreachable(reason))
@@ -167,7 +169,7 @@ class Link:
             while True:
                 reply = say.decode("reply", await say.read_frame(self._reader))
                 if isinstance(reply, say.Refused):
-                    log.error("the store refused us: %s", reply.reason)
+                    log.error("%s refused us: %s", self._to, reply.reason)
                     return self.drop(reply.reason)
                 asked = self._asked.pop(reply.id, None)
                 if asked is None:  # it was only posted
@@ -177,7 +179,7 @@ class Link:
                 else:
                     asked.reply.set_result(reply)
         except EOFError:
-            self.drop("it was closed; until the store is back, everything is computed")
+            self.drop("it was closed" + ("; until the store is back, everything is computed" if self.arena else ""))
         except (ProtocolError, OSError) as error:
             self.drop(repr(error))
         finally:

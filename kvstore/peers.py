@@ -22,8 +22,8 @@ STALL_S = 0.5  # a sender from whom nothing comes for so long is taken for slow
 AWAY_FIRST_S, AWAY_MOST_S = 0.5, 10.0  # so long a peer that failed is left alone
 AWAY_INCOMPATIBLE_S = 30.0
 IDLE_MOST = 4  # fetch connections kept for each peer
-# TimeoutError is an OSError; an address that is none is a ValueError or an OverflowError
-FAILED = (OSError, EOFError, ProtocolError, IncompatibleNode, ValueError, OverflowError)
+# TimeoutError is an OSError; an address that is none is a ValueError
+FAILED = (OSError, EOFError, ProtocolError, IncompatibleNode, ValueError)
 
 
 class Slow(Exception):
@@ -158,7 +158,7 @@ class Peers:
         async with peer.opening:
             if peer.asking is None or peer.asking.lost.is_set():
                 sock, met = await self._connect(peer, "ask")
-                peer.asking = await Link.over(sock, met.boot_id)
+                peer.asking = await Link.over(sock, address, met.boot_id)
                 peer.worked()
             return peer.asking
 
@@ -220,6 +220,8 @@ async def connect(address: str) -> socket.socket:
     """A connected, non-blocking socket to `host:port`. Raises OSError, ValueError."""
     loop = asyncio.get_running_loop()
     host, _, port = address.rpartition(":")
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"{address!r} is not HOST:PORT")
     (family, kind, protocol, _, where), *_ = await loop.getaddrinfo(
         host.strip("[]"), int(port), type=socket.SOCK_STREAM
     )
