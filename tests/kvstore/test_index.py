@@ -205,16 +205,18 @@ class IndexMachine(RuleBasedStateMachine):
             assert outcome is CommitOutcome.LATE
             self.late += 1
 
-    @rule(data=st.data())
-    def abort(self, data):
+    @rule(data=st.data(), keep=st.booleans())
+    def abort(self, data, keep):
         slot = self.some_writing(data)
         if slot is None:
             return
         connection, name, number = self.writing.pop(slot)
-        self.index.abort(connection, [slot])
+        self.index.abort(connection, [slot], keep=keep)
         lease = self.leases.get((connection, number))
         if lease and lease.pending.get(name) == slot:
-            del lease.pending[name]
+            lease.pending[name] = None
+            if not keep:
+                del lease.pending[name]
 
     @rule(data=st.data())
     def release(self, data):
