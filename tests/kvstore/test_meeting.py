@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from peer_stories import clients_of, nothing_held, publish, pulled, run
 from kvferry.common.errors import IncompatibleNode
 from kvferry.kvstore import peering
 from kvferry.kvstore.peering import Call, Challenge, Fetch, Identity, Sending, Sent
+from kvferry.kvstore.peers import AWAY_FIRST_S, AWAY_MOST_S, Peer
 from kvferry.kvstore.protocol import ProtocolError
 
 SECRET = "the secret of all stores"
@@ -222,3 +224,18 @@ def test_an_address_that_is_none_costs_a_miss(ground, capfd):
 
     run(story())
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_one_that_is_away_for_days_is_tried_again_and_again(caplog):
+    caplog.set_level(logging.INFO)
+    peer, now = Peer("127.0.0.1:1"), 0.0
+    for _ in range(5000):
+        peer.failed(OSError("no route"), now)
+        assert now + AWAY_FIRST_S <= peer.away_until <= now + AWAY_MOST_S
+        now = peer.away_until
+    peer.worked()
+    peer.worked()
+    peer.failed(OSError("no route"), now)
+    assert peer.away_until == now + AWAY_FIRST_S, "it was well, so it is tried soon"
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"the store at 127.0.0.1:1{words}" for words in (": no route", " is back", ": no route")]
