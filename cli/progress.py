@@ -96,7 +96,7 @@ class Lines:
             patience = min(max(SILENT_S, LONG * (now - self._began)), SILENT_MOST_S)
             if self._steps and now - self._last >= patience:
                 self._last = now
-                log.info("still starting: %s", "; ".join(step.told(name, now) for name, step in self._steps.items()))
+                log.info("not ready yet: %s", "; ".join(step.told(name, now) for name, step in self._steps.items()))
 
     def close(self) -> None:
         """No reminders from here on."""

@@ -62,7 +62,7 @@ def test_a_long_silence_is_broken_by_who_is_doing_what(lines):
     lines.remind()
     lines.remind()
     assert lines.told() == [
-        "still starting: prefill-0 reading the weights, 75% (4 s); decode-0 loading its libraries (3 s)"
+        "not ready yet: prefill-0 reading the weights, 75% (4 s); decode-0 loading its libraries (3 s)"
     ]
     lines.clock.advance(SILENT_S)
     lines.show("prefill-0", Note(ready=True))
@@ -70,7 +70,7 @@ def test_a_long_silence_is_broken_by_who_is_doing_what(lines):
     assert lines.told() == ["prefill-0: ready"], "it was not silent"
     lines.clock.advance(SILENT_S)
     lines.remind()
-    assert lines.told() == ["still starting: decode-0 loading its libraries (9 s)"]
+    assert lines.told() == ["not ready yet: decode-0 loading its libraries (9 s)"]
     lines.show("decode-0", Note(failed="the moon is full"))
     lines.clock.advance(100)
     lines.remind()
@@ -100,7 +100,7 @@ def test_what_is_often_short_is_told_of_only_when_it_is_not(lines):
     lines.show("serve", Note("fetch"))
     lines.clock.advance(SILENT_S)
     lines.remind()
-    assert lines.told() == ["still starting: serve fetching the model from the hub (3 s)"]
+    assert lines.told() == ["not ready yet: serve fetching the model from the hub (3 s)"]
 
 
 def test_a_restart_is_told_as_the_start_was(lines):

@@ -3,11 +3,15 @@
 import json
 import re
 import tomllib
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from e2e.cluster import Cluster, credential, until
 from e2e.conftest import TENANTS_FILE
+
+from kvferry.cli.progress import SILENT_S
 
 
 def requests_of(cluster: Cluster, begin: int = 0) -> dict[tuple[str, str], list[str]]:
@@ -37,6 +41,24 @@ def ask(cluster: Cluster, request_id: str, prompt: list[int] | str, **fields) ->
     body = cluster.body(prompt, **fields)
     headers = {**credential(cluster.key), "X-Request-Id": request_id}
     return cluster.http.post("/v1/completions", json=body, headers=headers).status_code
+
+
+def test_a_start_is_told_step_by_step(llama):
+    """In words, of each process; and nobody waits for long without one."""
+    lines = lines_of(llama)
+    told = [line["message"] for line in lines]
+    ready = next(at for at, message in enumerate(told) if message.startswith("kvferry is ready"))
+    for name, steps in (
+        ("store", ("starting", "taking memory for the store", "ready")),
+        ("decode-0", ("starting", "loading its libraries", "taking the weights' fingerprint", "reading the weights",
+                      "checking the model; a machine's first start compiles kernels here", "ready")),
+        ("router", ("starting", "loading its libraries", "waiting for the workers", "ready")),
+    ):  # fmt: skip
+        at = [told.index(f"{name}: {step}") for step in steps]
+        assert at == sorted(at)
+        assert at[-1] < ready
+    times = [datetime.fromisoformat(line["time"]).timestamp() for line in lines[: ready + 1]]
+    assert max(late - early for early, late in pairwise(times)) < 3 * SILENT_S
 
 
 def test_lines_of_a_request_have_its_id_and_a_role(cluster, prompts, probe_of):
