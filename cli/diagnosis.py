@@ -45,6 +45,14 @@ class Worker(Answer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Router(Answer):
+    """`missing`: what it was told of and has not."""
+
+    url: str
+    missing: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Store(Answer):
     """One that was asked over TCP. `advertised`: by which address others are told to reach it."""
 
@@ -103,6 +111,7 @@ class Seen:
     stores: Sequence[Store] = ()
     ways: Sequence[Way] = ()
     redis: Sequence[Redis] = ()
+    routers: Sequence[Router] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +130,7 @@ def findings(seen: Seen) -> list[Finding]:
     """One for everything that was looked at, in order, and for what does not fit together."""
     return [
         *(of_certificate(one, seen.now) for one in seen.certificates),
+        *(finding for one in seen.routers for finding in of_router(one, seen)),
         *(finding for one in seen.workers for finding in of_worker(one, seen)),
         *between_workers(seen.workers),
         *(of_local(one) for one in seen.local),
@@ -165,12 +175,26 @@ def advice_on_worker(one: Worker) -> str:
     return f"start it, or see why this host does not reach {one.address}"
 
 
+def of_router(one: Router, seen: Seen) -> Iterator[Finding]:
+    if one.problem:
+        yield Finding("router", one.url, "wrong", one.problem,
+                      f"start it, or see why this host does not reach {one.url}")  # fmt: skip
+        return
+    do = "start what is missing, or see why the router's host does not reach it" if one.missing else ""
+    yield Finding("router", one.url, "wrong" if one.missing else "ok", "; ".join(one.missing) or "ready", do)
+    yield from of_release(one.url, one, seen)
+
+
 def of_answer(who: str, one: Answer, seen: Seen) -> Iterator[Finding]:
     """The clock and version of a process that answers."""
     apart = max(0.0, abs(one.ahead_s) - one.round_trip_s / 2)
     told = f"{one.ahead_s:+.3f} s against ours, give or take {one.round_trip_s / 2:.3f}"
     late = apart > CLOCK_S
     yield Finding("clock", who, "wrong" if late else "ok", told, SET_CLOCKS if late else "")
+    yield from of_release(who, one, seen)
+
+
+def of_release(who: str, one: Answer, seen: Seen) -> Iterator[Finding]:
     if one.release != seen.release:
         told = f"kvferry {one.release or 'of another time'}, and {seen.release} here"
         yield Finding("version", who, "wrong", told, SAME_RELEASE)

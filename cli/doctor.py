@@ -36,6 +36,10 @@ FLAGS = Flags(
 )
 EXTRA = MappingProxyType(
     {
+        "router": Annotated[
+            list[str] | None,
+            typer.Option("--router", metavar="URL", help="The API of a router; may be repeated."),
+        ],
         "peer": Annotated[
             list[str] | None,
             typer.Option("--peer", metavar="HOST:PORT", help="Where other stores reach a store; may be repeated."),
@@ -50,7 +54,12 @@ STATES = {"ok": "green", "soon": "yellow", "wrong": "bold red"}
 
 
 def doctor(
-    settings: Settings, parent: Parent, peer: Sequence[str] | None, certs: Path | None, as_json: bool | None
+    settings: Settings,
+    parent: Parent,
+    router: Sequence[str] | None,
+    peer: Sequence[str] | None,
+    certs: Path | None,
+    as_json: bool | None,
 ) -> None:
     """Look at a cluster from this host: whom it reaches, certificates, clocks, versions, whether prefill and decode fit
     together, Redis, and how fast the links between stores are.
@@ -63,15 +72,16 @@ def doctor(
     silence_grpc()
     if not settings.values["log_level"].given:  # what is wrong, the table says
         setup_logging("doctor", LogConfig(log_level="WARNING", log_format=settings["log_format"]))
-    found = findings(asyncio.run(examine(settings, list(peer or ()), certs or settings["router.certs"])))
+    found = findings(asyncio.run(examine(settings, router or (), list(peer or ()), certs or settings["router.certs"])))
     if not found:
-        raise ConfigError("there is nothing to look at; give --prefill, --decode, --store, --peer, --redis or --certs")
+        raise ConfigError("there is nothing to look at; give --router, --prefill, --decode, --store, --peer, "
+                          "--redis or --certs")  # fmt: skip
     show(found, as_json)
     if any(one.state == "wrong" for one in found):
         raise typer.Exit(EXIT_FAILED)
 
 
-async def examine(settings: Settings, peers: list[str], certs: Path | None) -> "Seen":
+async def examine(settings: Settings, routers: Sequence[str], peers: list[str], certs: Path | None) -> "Seen":
     """Raises ConfigError for what cannot be looked at as it is asked for."""
     from kvferry.cli import examination as look
     from kvferry.cli.diagnosis import Seen
@@ -82,6 +92,9 @@ async def examine(settings: Settings, peers: list[str], certs: Path | None) -> "
     addresses += [("decode", one) for one in settings["router.decode"] or ()]
     for _, address in addresses:
         check_worker_address(address, certs or Path())
+    for url in routers:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{url!r} is not where a router is; write it like http://10.0.0.1:8000")
     for address in peers:
         split_address(address, "--peer")
     shown, certificates = own_certificates(certs, now)
@@ -105,6 +118,7 @@ async def examine(settings: Settings, peers: list[str], certs: Path | None) -> "
         release=version("kvferry"),
         now=now,
         certificates=certificates,
+        routers=await asyncio.gather(*(look.look_at_router(url.rstrip("/")) for url in routers)),
         workers=await workers,
         local=local,
         stores=stores,

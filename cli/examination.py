@@ -1,20 +1,25 @@
 """Asks the parts of a cluster what `kvferry doctor` wants to know. Nobody keeps it waiting for long."""
 
 import asyncio
+import json
 import os
 import secrets
 import ssl
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from http.client import HTTPException
 from itertools import permutations
 from pathlib import Path
 from statistics import median
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, build_opener
 
 import grpc
 from cryptography import x509
 
-from kvferry.cli.diagnosis import LocalStore, Redis, Store, Way, Worker
+from kvferry.cli.diagnosis import LocalStore, Redis, Router, Store, Way, Worker
 from kvferry.common.clock import WallClock
 from kvferry.common.config import is_local
 from kvferry.common.credentials import Credentials
@@ -30,11 +35,44 @@ from kvferry.kvstore.peering import MAX_PROBE, Identity, Probe
 from kvferry.kvstore.redis_target import KEY_PREFIX, RedisTarget
 from kvferry.router.links import Link
 
-WORKER_S, STORE_S, LINK_S, REDIS_S = 5.0, 2.0, 6.0, 2.0
+ROUTER_S, WORKER_S, STORE_S, LINK_S, REDIS_S = 3.0, 10.0, 2.0, 6.0, 2.0
+MOST_BYTES = 2**20  # of what a router says
 ROUNDS = 5  # round trips to Redis, whose median counts
 CALLER = "kvferry doctor"
 
 clock = WallClock()
+
+
+# -- routers ----------------------------------------------------------------------------------------------------------
+
+
+async def look_at_router(url: str) -> Router:
+    """By its API, which everybody may ask whether it is ready. Follows no proxy."""
+    try:
+        ready = await asyncio.to_thread(fetched, f"{url}/ready")
+        release = await asyncio.to_thread(fetched, f"{url}/version")
+        return Router(url=url, release=release["version"], missing=missing_in(ready))
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:  # a URLError is an OSError
+        told = getattr(error, "reason", error)
+        known = reason(told) if isinstance(told, OSError) else "what answers there is no router of ours"
+        return Router(url=url, problem=known)
+
+
+def fetched(url: str) -> Any:
+    """Raises OSError, HTTPException, ValueError."""
+    opener = build_opener(ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=ROUTER_S) as answer:
+            return json.loads(answer.read(MOST_BYTES))
+    except HTTPError as error:
+        return json.loads(error.read(MOST_BYTES))
+
+
+def missing_in(ready: dict[str, Any]) -> list[str]:
+    """What /ready says is missing. Raises LookupError for what /ready does not say."""
+    if "error" in ready:
+        return [ready["error"]["message"]]
+    return [] if ready["status"] == "ready" else list(ready["missing"])
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------

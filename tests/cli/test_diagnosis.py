@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from kvferry.cli.diagnosis import Certificate, Finding, LocalStore, Redis, Seen, Store, Way, Worker, findings
+from kvferry.cli.diagnosis import Certificate, Finding, LocalStore, Redis, Router, Seen, Store, Way, Worker, findings
 from kvferry.common.block import BlockLayout
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
@@ -19,7 +19,8 @@ LOCAL = LocalStore(socket="/run/store", block_bytes=LAYOUT.block_bytes, slots=9,
 WAY = Way(to="10.0.0.1:7700", of="10.0.0.2:7700", round_trip_s=0.001, bytes_per_s=1.1e9)
 REDIS = Redis(url="redis://10.0.0.1:6379", **WELL)
 CERTIFICATE = Certificate(file="/certs/doctor.pem", role="doctor", expires=NOW + timedelta(days=90), state="valid")
-GOOD = Seen("0.1.0", NOW, [CERTIFICATE], [PREFILL, DECODE], [LOCAL], STORES, [WAY], [REDIS])
+ROUTER = Router(url="http://10.0.0.2:8000", release="0.1.0")
+GOOD = Seen("0.1.0", NOW, [CERTIFICATE], [PREFILL, DECODE], [LOCAL], STORES, [WAY], [REDIS], [ROUTER])
 
 
 def bad(**seen) -> list[Finding]:
@@ -34,6 +35,7 @@ def test_a_good_cluster():
     told = {(one.check, one.of): one.told for one in found}
     assert told == {
         ("certificate", "/certs/doctor.pem"): "valid until 2027-02-19 12:00 UTC",
+        ("router", "http://10.0.0.2:8000"): "ready",
         ("worker", "prefill 10.0.0.1:7710"): "m, 2.0 ms away",
         ("clock", "prefill 10.0.0.1:7710"): "+0.000 s against ours, give or take 0.001",
         ("worker", "decode 10.0.0.2:7720"): "m, 2.0 ms away",
@@ -66,6 +68,14 @@ WRONG = {
     "dead worker": (
         {"workers": [replace(PREFILL, problem="Connection refused"), DECODE]},
         ("worker", "Connection refused", "start it, or see why this host does not reach 10.0.0.1:7710"),
+    ),
+    "router": (
+        {"routers": [replace(ROUTER, problem="Connection refused")]},
+        ("router", "Connection refused", "start it, or see why this host does not reach http://10.0.0.2:8000"),
+    ),
+    "missing": (
+        {"routers": [replace(ROUTER, missing=["no prefill node is ready", "the store is gone"])]},
+        ("router", "no prefill node is ready; the store is gone", "start what is missing"),
     ),
     "role": (
         {"workers": [replace(PREFILL, problem="its certificate is that of decode, not of prefill")]},

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def doctor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doctor]:
     tenants_file = folder / "tenants.toml"
     subprocess.run([KVFERRY, "keys", "create", "acme", f"--tenants-file={tenants_file}"], check=True)
     with network("a", "b") as net:
-        cluster = TwoHosts(net, model, folder, tenants_file)
+        cluster = TwoHosts(net, model, folder, tenants_file, relayed=False)
         try:
             yield Doctor(cluster.start(), folder, other)
             cluster.stop()
@@ -82,14 +83,15 @@ def odd(doctor) -> Iterator[str]:
 
 def test_a_good_cluster(doctor):
     code, found = doctor.look(
+        f"--router={doctor.cluster.url}",
         *doctor.workers, *doctor.certs, *doctor.stores, *doctor.secret, *doctor.redis,
         f"--store={doctor.cluster.folder_of(doctor.cluster.b)}/store",
     )  # fmt: skip
     assert {one["state"] for one in found} == {"ok"}, found
     assert code == 0
-    checks = [one["check"] for one in found]
-    assert {name: checks.count(name) for name in set(checks)} == {
-        "certificate": 7, "worker": 2, "clock": 4, "model": 1, "store": 3, "link": 2, "redis": 1}  # fmt: skip
+    assert Counter(one["check"] for one in found) == {
+        "router": 1, "certificate": 7, "worker": 2, "clock": 4, "model": 1, "store": 3, "link": 2, "redis": 1
+    }  # fmt: skip
     for link in (one for one in found if one["check"] == "link"):
         assert "MB/s by one connection" in link["told"]
 
@@ -101,6 +103,45 @@ def test_what_a_person_sees(doctor):
     assert lines[-1] == "all is well: 12 checks"
     assert any(line.split()[:2] == ["worker", "prefill"] for line in lines)
     assert max(map(len, lines)) <= 200
+
+
+def test_a_configuration_file(doctor, tmp_path):
+    """The same that the processes have."""
+    file = tmp_path / "kvferry.toml"
+    made, cluster = doctor.made, doctor.cluster
+    file.write_text(f"""
+[router]
+prefill = ["{cluster.at("prefill")}"]
+decode = ["{cluster.at("decode")}"]
+certs = "{made}"
+[store]
+socket = "{cluster.folder_of(cluster.a)}/store"
+redis = "redis://{doctor.a}:6379"
+redis_user = "kvferry"
+redis_password_file = "{made}/redis.password"
+peer_secret_file = "{made}/store.secret"
+""")
+    code, found = doctor.look(f"--config={file}")
+    assert code == 0, found
+    assert {"worker", "model", "redis"} <= {one["check"] for one in found}
+    assert [one["of"] for one in found if one["check"] == "store"] == [
+        f"{cluster.folder_of(cluster.a)}/store", cluster.at("store a")]  # fmt: skip
+
+
+def test_a_router_that_misses_somebody(doctor):
+    (gone,) = doctor.wrong("--router=http://127.0.0.1:1")
+    assert gone[:3] == ("router", "http://127.0.0.1:1", "Connection refused")
+    (stranger,) = doctor.wrong(f"--router=http://{doctor.cluster.front.address}:8001/nodes")
+    assert stranger[2] == "what answers there is no router of ours"
+    doctor.cluster.kill_one("store b")
+    try:
+        url = doctor.cluster.url
+        (missing,) = until(lambda: doctor.wrong(f"--router={url}"), 10, "told")
+    finally:
+        doctor.cluster.run_store_again("b")
+    assert missing[:2] == ("router", url)
+    assert "the store node does not answer" in missing[2]
+    assert doctor.wrong(f"--router={url}") == []
 
 
 def test_a_wrong_secret(doctor, tmp_path):
@@ -202,10 +243,11 @@ def test_a_slow_link_and_a_cut_one(doctor):
 
 def test_what_it_cannot_look_at_is_told_in_one_line():
     for flags, told in (
-        ((), "there is nothing to look at; give --prefill, --decode, --store, --peer, --redis or --certs"),
+        ((), "there is nothing to look at; give --router, --prefill, --decode, --store, --peer, --redis or --certs"),
         (("--peer=10.0.0.1:7700",), "a store speaks to nobody who does not know its secret; give --peer-secret-file"),
         (("--peer=10.0.0.1", "--peer-secret-file=/nothing"), "--peer '10.0.0.1' is not HOST:PORT, such as "
                                                              "10.0.0.1:7700"),
+        (("--router=10.0.0.1:8000",), "'10.0.0.1:8000' is not where a router is; write it like http://10.0.0.1:8000"),
         (("--prefill=nowhere",), "'nowhere' is not a worker address; write unix:/path or 127.0.0.1:PORT"),
     ):  # fmt: skip
         refused = kvferry("doctor", *flags)

@@ -33,18 +33,18 @@ REDIS, STORE, PREFILL, DECODE, API, ADMIN = 6379, 7700, 7710, 7720, 8000, 8001  
 
 
 class TwoHosts(Cluster):
-    """`names`: what runs on each host. The folder of a host has what was copied there, and its socket and logs."""
+    """The folder of a host has what was copied there, and its socket. `relayed`: where there is no network to look at,
+    relays show what passes between hosts."""
 
-    def __init__(self, net: Loopback, model: Path, folder: Path, tenants_file: Path, *, engine: tuple[str, ...] = ()):
+    def __init__(self, net: Loopback, model: Path, folder: Path, tenants_file: Path, *, relayed: bool = True):
         super().__init__(model, folder / "router.log")
         self.net, self._root, self.tenants_file = net, folder, tenants_file
         self.a, self.b = net.hosts["a"], net.hosts["b"]
         self.front = net.hosts.get("c", self.b)
-        self._engine = (*ENGINE, *engine)
         self.url = f"http://{self.front.address}:{API}"
         self.http = httpx.Client(base_url=self.url, timeout=ANSWER_S, limits=httpx.Limits(max_keepalive_connections=0))
         self.processes: dict[str, subprocess.Popen] = {}
-        self.relays = None if net.can_cut else Relays()  # between the hosts, where there is no network to look at
+        self.relays = Relays() if relayed and not net.can_cut else None
         names = [name for name in self.where if name not in ("redis", "router")] if self.relays else []
         self.advertised: dict[str, str] = {}  # by which address a process is reached, where it is not its own
         self.advertised = {name: self.relays.to(self.at(name)) for name in names}
@@ -82,7 +82,7 @@ class TwoHosts(Cluster):
             case "prefill" | "decode" as role:
                 port = PREFILL if role == "prefill" else DECODE
                 return [*KVFERRY, role, str(self.model), f"--listen={here}:{port}", f"--store={folder}/store",
-                        f"--certs={certs}", *self._engine]  # fmt: skip
+                        f"--certs={certs}", *ENGINE]  # fmt: skip
             case _:
                 return [*KVFERRY, "router", f"--model={self.model}", f"--prefill={self.at('prefill')}",
                         f"--decode={self.at('decode')}", f"--store={folder}/store", f"--certs={certs}",
