@@ -86,6 +86,8 @@ def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics, probes: Probes,
 
 def describe(node: Node) -> dict[str, Any]:
     told: dict[str, Any] = {"address": node.address, "role": node.role, "ready": node.ready}
+    if node.problem:
+        told["problem"] = node.problem
     if node.status is not None:
         told |= {field.name: getattr(node.status, field.name) for field in node.status.DESCRIPTOR.fields}
         layout = node.model.layout
