@@ -16,8 +16,34 @@ SEAL = bytes(range(32))
 TENANT = "t"
 
 
+TRIES = 5
+
+
+class Starved(Exception):
+    """This machine was too busy for the story to happen."""
+
+
 def run(story):
     return asyncio.run(asyncio.wait_for(story, 120))
+
+
+def run_unless_starved(story):
+    """Begins anew where there was too little of the machine."""
+    for _ in range(TRIES - 1):
+        try:
+            return run(story())
+        except Starved as reason:
+            print(reason)
+    return run(story())
+
+
+async def in_the_middle(wire: Wire, pull: asyncio.Task) -> None:
+    """Until bytes have flowed and the wire keeps back what follows. Raises Starved if the pull ends before that."""
+    holding = asyncio.create_task(wire.holding.wait())
+    await asyncio.wait([pull, holding], return_when=asyncio.FIRST_COMPLETED)
+    if not holding.done():
+        holding.cancel()
+        raise Starved(f"the holder was given up as slow, and the pull ended with {await pull} blocks")
 
 
 @asynccontextmanager

@@ -5,7 +5,17 @@ import asyncio
 
 import numpy as np
 import pytest
-from peer_stories import behind, clients_of, nothing_held, publish, pulled, run, wires
+from peer_stories import (
+    behind,
+    clients_of,
+    in_the_middle,
+    nothing_held,
+    publish,
+    pulled,
+    run,
+    run_unless_starved,
+    wires,
+)
 from spans import ROOT, span
 
 from kvferry.common.clock import ManualClock
@@ -187,9 +197,9 @@ def test_erased_while_blocks_flow(ground, where):
             async with clients_of(ground, one, two) as (writer, reader):
                 names = ground.names("a", 400)
                 assert await publish(ground, writer, names) == 400
-                wire.hold_at = 8 * 2**20
+                wire.hold_at = 2 * 2**20
                 pull = asyncio.create_task(pulled(ground, reader, names, holder=one.address))
-                await wire.holding.wait()
+                await in_the_middle(wire, pull)
                 client = {"sender": writer, "receiver": reader}[where]
                 await client.erase("t")
                 wire.cut()
@@ -200,4 +210,4 @@ def test_erased_while_blocks_flow(ground, where):
                 assert stats.committed == 0
                 assert stats.free == stats.slots
 
-    run(story())
+    run_unless_starved(story)

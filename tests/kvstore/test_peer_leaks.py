@@ -3,7 +3,16 @@
 import asyncio
 import os
 
-from peer_stories import behind, clients_of, nothing_held, publish, pulled, run, wires
+from peer_stories import (
+    behind,
+    clients_of,
+    in_the_middle,
+    nothing_held,
+    publish,
+    pulled,
+    run_unless_starved,
+    wires,
+)
 
 from kvferry.kvstore.peers import IDLE_MOST
 
@@ -40,7 +49,7 @@ def test_rounds_of_faults_leave_nothing(ground):
                     assert await publish(ground, writer, names) == COUNT
                     wire.sent, wire.hold_at = 0, 2 * 2**20
                     pull = asyncio.create_task(pulled(ground, reader, names, holder=one.address))
-                    await wire.holding.wait()
+                    await in_the_middle(wire, pull)
                     wire.cut()
                     wire.hold_at = None
                     wire.holding.clear()
@@ -71,4 +80,4 @@ def test_rounds_of_faults_leave_nothing(ground):
                 assert (stats.bad_blocks, stats.quarantined) == (0, 0)
         assert two.terminate() == 0
 
-    run(story())
+    run_unless_starved(story)
