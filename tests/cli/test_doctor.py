@@ -189,6 +189,7 @@ def test_other_weights_under_the_same_name(doctor, odd):
     assert "the same files of the model" in wrong[3]
 
 
+@pytest.mark.long
 def test_certificates_of_another_ca_and_old_ones(doctor, tmp_path):
     stranger = Folder(tmp_path / "stranger", "doctor").fill()
     wrong = doctor.wrong(*doctor.workers, f"--certs={stranger.path}")
@@ -203,6 +204,7 @@ def test_certificates_of_another_ca_and_old_ones(doctor, tmp_path):
     assert (expired[0], expired[2], "kvferry certs rotate" in expired[3]) == ("certificate", "expired", True)
 
 
+@pytest.mark.long
 def test_redis_that_refuses_and_redis_that_is_gone(doctor, tmp_path):
     password = tmp_path / "password"
     password.write_text("another\n")

@@ -223,7 +223,7 @@ def test_store_of_a_killed_while_it_sends(two, net, oracle, prompts):
     travels_again(two, oracle, prompts)
 
 
-@pytest.mark.parametrize("how", ["killed", "paused"])
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.long), "paused"])
 def test_redis_fails(how, two, oracle, prompts):
     """Blocks still travel from where they were just computed; that others have a prefix, nobody hears."""
     known = prompts.tokens(150)
