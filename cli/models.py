@@ -1,6 +1,6 @@
 """What a MODEL argument means, and whether there is a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 
 DEMO = "demo"
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # of a model, all that a router reads
 Progress = Callable[[str, int, int], None]  # step, done, total
 
 
@@ -65,23 +66,34 @@ def resolve(model: str, progress: Progress = no_progress) -> tuple[str, str]:
 def find(model: str, revision: str | None, progress: Progress = no_progress, fetch_weights: bool = True) -> Found:
     """The model's files, fetched from the hub if need be; its weights only if they are to be. Raises ConfigError for
     what is missing or damaged, as far as that is seen without loading it."""
-    from kvferry.engine.loading.files import SMALL_FILES, WANTED_FILES, find_folder, read_told, weight_files
+    from kvferry.engine.loading.files import SMALL_FILES, WANTED_FILES, read_told, weight_files
 
     where, name = resolve(model, progress)
-    there = Path(where).is_dir()
-    whole = fetch_weights or there
-    if not there:
+    whole = fetch_weights or Path(where).is_dir()
+    folder = fetched(where, revision, WANTED_FILES if whole else SMALL_FILES, progress)
+    return Found(folder, name, read_told(folder), tuple(weight_files(folder)) if whole else ())
+
+
+def find_text_side(model: str, revision: str | None, progress: Progress = no_progress) -> Path:
+    """The folder of a model's tokenizer and the like, fetched from the hub if need be. Raises ConfigError."""
+    return fetched(resolve(model, progress)[0], revision, TEXT_FILES, progress)
+
+
+def fetched(where: str, revision: str | None, wanted: Sequence[str], progress: Progress) -> Path:
+    """The folder itself, or where `wanted` files of a Hugging Face id are. Raises ConfigError."""
+    from kvferry.engine.loading.files import find_folder
+
+    if not Path(where).is_dir():
         progress("fetch", 0, 0)
     try:
-        folder = find_folder(where, revision, WANTED_FILES if whole else SMALL_FILES)
+        return find_folder(where, revision, wanted)
     except ConfigError as error:
         if error.__cause__ is None:  # of a folder
             raise
         raise ConfigError(
-            f"there is no folder {model}, and as a model of the hub it cannot be had: "
+            f"there is no folder {where}, and as a model of the hub it cannot be had: "
             f"{why_not_fetched(revision, error.__cause__)}; give a local folder, or `{DEMO}`, which needs no network"
         ) from error
-    return Found(folder, name, read_told(folder), tuple(weight_files(folder)) if whole else ())
 
 
 def why_not_fetched(revision: str | None, error: BaseException) -> str:

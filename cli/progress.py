@@ -21,6 +21,7 @@ STEPS: Mapping[str, str] = MappingProxyType(
         "weights": "reading the weights",
         "check": "checking the model; a machine's first start compiles kernels here",
         "prefault": "taking memory for the store",
+        "tokenizer": "reading the tokenizer",
         "wait": "waiting for the workers",
     }
 )

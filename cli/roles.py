@@ -6,7 +6,6 @@ Each looks at everything that can be wrong before it imports what takes seconds.
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
@@ -15,7 +14,7 @@ import typer
 from kvferry.cli import checks
 from kvferry.cli.flags import Flags
 from kvferry.cli.layers import Settings
-from kvferry.cli.models import find, resolve
+from kvferry.cli.models import find, find_text_side
 from kvferry.cli.run import Parent, run_role
 from kvferry.common.errors import ConfigError
 from kvferry.common.process import Notifier, claim_socket_path
@@ -102,9 +101,9 @@ def router(settings: Settings, parent: Parent) -> None:
     config, limits = settings.of("router"), settings.of("router.limits")
     checks.check_router(config)
     if config.model is not None:
-        config = replace(config, model=resolve(config.model, parent.notifier.progress)[0])
-        if (folder := Path(config.model)).is_dir():
-            checks.check_text_side(folder, config.generation_config)
+        folder = find_text_side(config.model, config.revision, parent.notifier.progress)
+        checks.check_text_side(folder, config.generation_config)
+        config = replace(config, model=str(folder), revision=None)
 
     async def start(notifier: Notifier, stop: asyncio.Event) -> None:
         notifier.progress("import", 0, 0)

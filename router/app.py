@@ -54,6 +54,7 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
     nodes, metrics, clock = Nodes(config.prefill, config.decode, live), Metrics(), MonotonicClock()
     models = Models(nodes, own_defaults=config.generation_config == "auto", promised=limits.n)
     if config.model is not None:
+        notifier.progress("tokenizer", 0, 0)
         await models.load(config.model, config.revision)
     flow = Flow(config, nodes, models, store, metrics, clock)
     probes = Probes(models, lambda: store.connected)

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -36,7 +37,8 @@ def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a broken file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
+        told = "" if Path(model).is_dir() else f"there is no folder {model} on this host, and "
+        raise ConfigError(f"{told}the tokenizer of {model} cannot be loaded: {reason.rstrip('.')}") from error
     if not tokenizer.encode("a b", add_special_tokens=False):  # what transformers makes up where there are no files
         raise ConfigError(f"the tokenizer of {model} makes no tokens of a text; is its tokenizer.json there?")
     return Tokenizer(tokenizer)

@@ -138,10 +138,12 @@ class TestModels:
         if not status:
             hub.server_close()
         url, cache = f"http://127.0.0.1:{hub.server_port}", tmp_path / "cache"
-        told = refusal(*start("nobody/nothing", "--revision=v9"), HF_ENDPOINT=url, HF_HOME=str(cache))
-        assert ": there is no folder nobody/nothing, and as a model of the hub it cannot be had: " in told
-        assert says.format(hub=url, cache=cache) in told
-        assert told.endswith("; give a local folder, or `demo`, which needs no network")
+        router = ("router", "--model=nobody/nothing", "--revision=v9", "--decode=unix:/d", "--store=/s", *PORTS)
+        for command in (start("nobody/nothing", "--revision=v9"), router):
+            told = refusal(*command, HF_ENDPOINT=url, HF_HOME=str(cache))
+            assert ": there is no folder nobody/nothing, and as a model of the hub it cannot be had: " in told
+            assert says.format(hub=url, cache=cache) in told
+            assert told.endswith("; give a local folder, or `demo`, which needs no network")
 
     def test_what_cannot_be_a_models_id(self, start):
         assert "it cannot be had: this is no model's id, which is like OWNER/NAME; give" in refusal(*start("a b"))

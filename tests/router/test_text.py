@@ -441,6 +441,12 @@ def test_loading(tmp_path):
         load_tokenizer(str(tmp_path / "model"))
 
 
+def test_a_folder_that_is_not_on_this_host_is_told_so():
+    """Workers say where it is, as seen from theirs."""
+    with pytest.raises(ConfigError, match=r"^there is no folder /elsewhere/m on this host, and the tokenizer of "):
+        load_tokenizer("/elsewhere/m")
+
+
 def test_a_tokenizer_that_knows_no_text(tmp_path):
     """transformers makes one up from a config alone."""
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
