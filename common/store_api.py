@@ -23,7 +23,7 @@ class MissReason(str, Enum):
     PAYLOAD_BAD = "payload_bad"
 
 
-class Located(msgspec.Struct, frozen=True, array_like=True):
+class Located(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a leased block lies, a slot of the arena whose boot id the lease carries, and how to verify its bytes.
 
     `proofs`: 16 bytes a segment, XXH3-128 of a plain block or the tags of a sealed one. `salt`: 16 random bytes that a

@@ -367,7 +367,8 @@ class StoreClient:
 
 
 def are_slots(arena: ArenaMap, blocks: Sequence[Located]) -> bool:
-    return all(0 <= block.slot < arena.slots for block in blocks)
+    slots = [block.slot for block in blocks]
+    return not slots or (min(slots) >= 0 and max(slots) < arena.slots)
 
 
 async def end(task: asyncio.Task) -> None:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 HELLO_S = 5.0  # a connection that has not said hello by then is closed
 QUIET_S = 1.0  # so long without a change, and the index checks itself
 CHECK_EVERY_S = 5.0  # but not more often than this
+CHECK_MOST = 20_000  # slots; a check of more would hold requests up
 
 
 async def serve(config: StoreConfig, notifier: Notifier, stop: asyncio.Event) -> None:
@@ -163,7 +164,12 @@ class Node:
             now = self._clock.now()
             if self._index.changes != changes:
                 changes, changed_at = self._index.changes, now
-            elif changes != checked and now - changed_at >= QUIET_S and now - checked_at >= CHECK_EVERY_S:
+            elif (
+                self._slots <= CHECK_MOST
+                and changes != checked
+                and now - changed_at >= QUIET_S
+                and now - checked_at >= CHECK_EVERY_S
+            ):
                 self._check()
                 checked, checked_at = changes, self._clock.now()
 

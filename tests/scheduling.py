@@ -18,7 +18,7 @@ STOP = 0
 LONGEST = 40
 TENANTS = ("a", "b", "c")
 SCOPES = {
-    name: CacheScope(TenantKeys.from_chain_key(name.encode() * 32), b"f", BlockLayout(1, 1, BLOCK, 1, "float32"))
+    name: CacheScope(TenantKeys.of(name.encode() * 32), b"f", BlockLayout(1, 1, BLOCK, 1, "float32"))
     for name in TENANTS
 }
 # Few first tokens, so that prefixes are shared, and differ after one, two or three blocks.
