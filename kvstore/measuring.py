@@ -13,7 +13,7 @@ import msgspec
 from kvferry.common.clock import WallClock
 from kvferry.common.errors import IncompatibleNode
 from kvferry.kvstore import peering
-from kvferry.kvstore.peering import Identity, Met, Probe, Probed
+from kvferry.kvstore.peering import MAX_GREETING_BYTES, Identity, Met, Probe, Probed
 from kvferry.kvstore.peers import CONNECT_S, connect
 from kvferry.kvstore.protocol import ProtocolError
 
@@ -26,7 +26,7 @@ async def serve(peer: socket.socket, me: Identity, block_bytes: int) -> None:
     """Answer a connection to measure, until it closes. Raises ProtocolError, EOFError, OSError."""
     loop, zeros = asyncio.get_running_loop(), memoryview(bytes(PIECE))
     while True:
-        probe = await peering.hear(peer, Probe)
+        probe = await peering.hear(peer, Probe, MAX_GREETING_BYTES)
         told = Probed(WallClock().now(), version("kvferry"), block_bytes)
         if probe.of:
             told = msgspec.structs.replace(told, **await measured(me, probe.of, probe.size))
@@ -54,7 +54,7 @@ async def ask(peer: socket.socket, probe: Probe, patience_s: float) -> tuple[Pro
     began = time.monotonic()
     async with asyncio.timeout(patience_s):
         await asyncio.get_running_loop().sock_sendall(peer, peering.frame(probe))
-        told = await peering.hear(peer, Probed)
+        told = await peering.hear(peer, Probed, MAX_GREETING_BYTES)
     return told, time.monotonic() - began
 
 

@@ -207,6 +207,28 @@ def test_a_slow_link(two, net, oracle, prompts):
     travels_again(two, oracle, prompts)
 
 
+@pytest.mark.long
+def test_a_cut_between_router_and_decode_in_mid_stream(start, oracle, prompts):
+    """The stream waits, and goes on where it was: no token twice, none lost."""
+    three = start("llama", "a", "b", "c")
+    if not three.net.can_cut:
+        pytest.skip("no namespaces can be made here, so there is no cable to cut")
+    prompt = prompts.tokens(100)
+    try:
+        with three.open(prompt, max_tokens=600) as stream:
+            stream.read_tokens(5)
+            three.net.cut(three.front, three.b)
+            until(lambda: not three.node("decode")["ready"], 15, "the cut noticed")
+            three.net.heal()
+            reply = stream.rest()
+    finally:
+        three.net.heal()
+    assert stream.finished
+    assert reply.account["attempts"] == 2
+    assert oracle.refuses(prompt, reply.token_ids) == ""
+    assert len(reply.token_ids) == 600
+
+
 # -- processes that fail ----------------------------------------------------------------------------------------------
 
 
