@@ -17,7 +17,7 @@ from peer_stories import (
 from kvferry.kvstore.peers import IDLE_MOST
 
 COUNT = 100
-ROUNDS = 4
+ROUNDS = 3
 POOLS = 2 * 16 + 1  # threads that fetch, that send, and that close the pools or find an address
 
 

@@ -26,7 +26,7 @@ MANY = 1000  # blocks that several connections share
 SOME = 300  # that come by one, in parts
 
 
-@pytest.mark.parametrize("seal", [None, SEAL])
+@pytest.mark.parametrize("seal", [None, SEAL], ids=["plain", "sealed"])
 def test_blocks_come_from_where_they_were_computed(ground, seal):
     async def story():
         one, two = ground.peers(2, slots=200)
@@ -150,7 +150,7 @@ def test_a_holder_that_stopped_before_is_not_waited_for(ground, two_holders):
     run(story())
 
 
-@pytest.mark.parametrize("rate", [2e6, 200e3])
+@pytest.mark.parametrize("rate", [2e6, pytest.param(200e3, marks=pytest.mark.long)])
 def test_the_only_holder_sends_too_slowly_to_wait_for(ground, rate):
     """What has come by then is right; the rest is a miss, within the patience that its size deserves."""
 
@@ -218,6 +218,19 @@ def test_what_does_not_fit_is_a_miss(ground):
             match = await reader.lookup(span(kept))
             assert await pulled(ground, reader, names, holder=one.address, within_s=5) == 0, "all is leased"
             assert await reader.release(match.lease)
+            await nothing_held(ground, writer, reader)
+
+    run(story())
+
+
+def test_more_comes_than_a_worker_may_be_writing(ground):
+    async def story():
+        one, two = ground.peer(slots=200, start=False), ground.peer(slots=200, writing=40, start=False)
+        ground.start(one, two)
+        async with clients_of(ground, one, two) as (writer, reader):
+            names = ground.names("a", 150)
+            assert await publish(ground, writer, names) == 150
+            assert await pulled(ground, reader, names, holder=one.address) == 150
             await nothing_held(ground, writer, reader)
 
     run(story())

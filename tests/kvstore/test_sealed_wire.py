@@ -63,7 +63,7 @@ async def met_over(ground, wire: Wire, writer, reader, holder: str, seal) -> Non
     wire.sent = 0
 
 
-@pytest.mark.parametrize("seal", [SEAL, None], ids=["sealed", "plain"])
+@pytest.mark.parametrize("seal", [SEAL, pytest.param(None, marks=pytest.mark.long)], ids=["sealed", "plain"])
 def test_a_bit_flipped_on_the_wire_loses_that_block_alone(ground, seal):
     header = len(peering.frame(Sending((Sent(b"s" * 16 if seal else b"", bytes(32)),) * COUNT)))
     block, bad = ground.block_bytes, 10
