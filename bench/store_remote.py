@@ -1,8 +1,8 @@
 """bench/store.py: blocks from another node over TCP on loopback, verified at their destination, against the bytes
 alone.
 
-The limit is raw TCP: a process that sends from an arena of the same kind by sendmsg, and a receiver that takes them by
-recv_into, straight to their destination, over as many connections as are quickest. Beside it a Redis that has the same
+The limit is raw TCP: a process that sends the same bytes by sendmsg, and a receiver that takes them by recv_into,
+straight to their destination, over as many connections as the nodes use. Beside it a Redis that has the same
 blocks as values, read by redis-py's MGET, and a Mooncake Store where there is one, read by batch_get_into.
 """
 
@@ -29,14 +29,19 @@ from store_redis import redis_server
 from kvferry.common.hashing import KEY_BYTES, Span
 from kvferry.common.store_api import Payload
 
-SHAPES = (Shape("", 64, 2 * 2**20, 20, 8), Shape("_64k", 256, 64 * 2**10, 60, 20))
+SETTINGS = (  # with the connections by which the nodes fetch
+    (Shape("", 64, 2 * 2**20, 20, 8), 1),
+    (Shape("_2_connections", 64, 2 * 2**20, 20, 8), 2),
+    (Shape("_64k", 256, 64 * 2**10, 60, 20), 1),
+)
 CHAINS = 4  # that an arena holds
-RAW = (1, 2)  # connections that are tried
 FIGURES = {
     "remote_pull_over_raw_tcp": Meaning(">= 0.90", "64 blocks of 2 MiB from another node, verified"),
     "remote_sealed_pull_over_raw_tcp": Meaning(">= 0.85", "the same, opened"),
     "remote_pull_over_redis": Meaning(">= 4", "the same, plain, against redis-py's MGET of the blocks"),
     "remote_pull_over_mooncake": Meaning(">= 2", "the same, against Mooncake Store's batch_get_into over TCP"),
+    "remote_pull_2_connections_over_raw_tcp": Meaning("", "64 blocks of 2 MiB, two connections against two"),
+    "remote_sealed_pull_2_connections_over_raw_tcp": Meaning("", "the same, opened"),
     "remote_pull_64k_over_raw_tcp": Meaning("", "256 blocks of 64 KiB"),
     "remote_sealed_pull_64k_over_raw_tcp": Meaning("", "the same, opened"),
 }
@@ -53,7 +58,7 @@ def measure(quick: bool, mooncake_python: Path | None = None) -> dict[str, float
     """`mooncake_python`: an interpreter that has mooncake; ours, if none is given."""
     figures: dict[str, float | None] = {}
     installed = find(mooncake_python)
-    for shape in SHAPES:
+    for shape, connections in SETTINGS:
         slots, (one, two, third) = CHAINS * shape.blocks, free_ports(3)
         with tempfile.TemporaryDirectory(prefix="store-") as folder:
             secret = Path(folder) / "secret"
@@ -61,13 +66,13 @@ def measure(quick: bool, mooncake_python: Path | None = None) -> dict[str, float
             secret.write_text(os.urandom(32).hex())
             listen = [(f"--listen=127.0.0.1:{port}", f"--peer-secret-file={secret}") for port in (one, two)]
             with (
-                store_node(shape.block_bytes, slots, *listen[0]) as near,
+                store_node(shape.block_bytes, slots, *listen[0], f"--connections={connections}") as near,
                 store_node(shape.block_bytes, slots, *listen[1]) as far,
                 raw_sender(shape) as raw,
                 redis_server(third) as server,
                 mooncake(installed, shape.blocks, shape.block_bytes) as rival,
             ):
-                bench = Bench(shape, near, far, f"127.0.0.1:{two}", raw, third, server, rival)
+                bench = Bench(shape, near, far, f"127.0.0.1:{two}", raw, connections, third, server, rival)
                 figures |= asyncio.run(bench.run(shape.quick_rounds if quick else shape.rounds))
     return figures
 
@@ -77,8 +82,8 @@ class Bench:
     mooncake."""
 
     def __init__(
-        self, shape: Shape, near: StoreNode, far: StoreNode, holder: str, raw: Raw, port: int, server: psutil.Process,
-        rival: Mooncake | None,
+        self, shape: Shape, near: StoreNode, far: StoreNode, holder: str, raw: Raw, connections: int, port: int,
+        server: psutil.Process, rival: Mooncake | None,
     ):  # fmt: skip
         self._shape, self._holder, self._rival = shape, holder, rival
         self._reader, self._writer = near.client(), far.client()
@@ -86,10 +91,8 @@ class Bench:
         for block in self._source:
             block[:] = np.frombuffer(os.urandom(shape.block_bytes), dtype=np.uint8)
         self._key = os.urandom(KEY_BYTES)
-        self._lanes = {
-            count: [socket.create_connection(("127.0.0.1", raw.port)) for _ in range(count)] for count in RAW
-        }
-        self._threads = ThreadPoolExecutor(max(RAW))
+        self._lanes = [socket.create_connection(("127.0.0.1", raw.port)) for _ in range(connections)]
+        self._threads = ThreadPoolExecutor(connections)
         self._redis = redis.Redis(port=port)
         self._values = [f"block-{i}" for i in range(shape.blocks)]
         self._redis.mset({name: block.tobytes() for name, block in zip(self._values, self._source, strict=True)})
@@ -105,7 +108,7 @@ class Bench:
             await self._round(number)
         for client in (self._reader, self._writer):
             await client.close()
-        for lane in (lane for lanes in self._lanes.values() for lane in lanes):
+        for lane in self._lanes:
             lane.close()
         self._redis.close()
         return self._figures()
@@ -118,8 +121,7 @@ class Bench:
             (f"remote_{kind}pull", lambda kind=kind, span=span: self._pull(span, self._key if kind else None))
             for kind, span in spans.items()
         ]
-        work += [(f"raw_{count}", lambda count=count: self._raw(count)) for count in RAW]
-        work.append(("redis", self._mget))
+        work += [("raw_tcp", self._raw), ("redis", self._mget)]
         if self._rival:
             work.append(("mooncake", self._rival.get))
         turn = number % len(work)
@@ -146,12 +148,13 @@ class Bench:
         good = await self._reader.pull(match, [block.data for block in self._room[: len(match)]], key)
         return good if await self._reader.release(match.lease) else 0
 
-    async def _raw(self, count: int) -> int:
-        """The same bytes by so many connections, a thread each."""
-        loop, step = asyncio.get_running_loop(), len(self._room) // count
+    async def _raw(self) -> int:
+        """The same bytes, a thread for each connection."""
+        loop, count = asyncio.get_running_loop(), len(self._lanes)
+        step = len(self._room) // count
         jobs = [
             loop.run_in_executor(self._threads, receive, lane, self._room[i * step : (i + 1) * step], i, count)
-            for i, lane in enumerate(self._lanes[count])
+            for i, lane in enumerate(self._lanes)
         ]
         return sum(await asyncio.gather(*jobs))
 
@@ -163,10 +166,9 @@ class Bench:
     def _figures(self) -> dict[str, float | None]:
         shape, seen = self._shape, self._seen
         figures: dict[str, float | None] = {}
-        quickest = max(RAW, key=lambda count: seen.gb_per_s(f"raw_{count}", shape.size))
         for ours, theirs, called in (
-            ("remote_pull", f"raw_{quickest}", "raw_tcp"),
-            ("remote_sealed_pull", f"raw_{quickest}", "raw_tcp"),
+            ("remote_pull", "raw_tcp", "raw_tcp"),
+            ("remote_sealed_pull", "raw_tcp", "raw_tcp"),
             ("remote_pull", "redis", "redis"),
             ("remote_pull", "mooncake", "mooncake"),
         ):
@@ -177,7 +179,6 @@ class Bench:
             for name, told in ((ours, ours + shape.suffix), (theirs, f"{ours}{shape.suffix}_{called}")):
                 figures[f"{told}_gb_per_s"] = seen.gb_per_s(name, shape.size)
                 figures[f"{told}_cpu_s_per_gb"] = seen.cpu_s_per_gb(name, shape.size)
-        figures[f"raw_tcp{shape.suffix}_connections"] = quickest
         return figures
 
 
