@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import typer
 
 from kvferry.common.errors import ConfigError, IncompatibleNode, Internal, KvferryError
-from kvferry.common.process import Notifier
+from kvferry.common.process import Notifier, take_descriptors
 from kvferry.common.telemetry import json_line, logs_are_json
 
 EXIT_FAILED = 1
@@ -60,6 +60,7 @@ def tell_failure(command: str, sentence: str) -> None:
 def run_role(role: str, parent: Parent, start: Start) -> None:
     """Run `start` until it returns, then end the process; SIGTERM and SIGINT set the event it is given. Raises
     KvferryError."""
+    take_descriptors()
     try:
         asyncio.run(_until_stopped(parent.notifier, start))
     except KvferryError:

@@ -52,6 +52,10 @@ class ExpectationFailed(KvferryError):
     """The request's Expect header wants what this server does not do."""
 
 
+class UnsupportedEncoding(KvferryError):
+    """The request's body is encoded; bodies are taken as they are."""
+
+
 class ArrivedTooSlowly(KvferryError):
     """The request's body was not all there in time."""
 
@@ -116,6 +120,7 @@ OUTCOMES: dict[type[KvferryError], Outcome] = {
     TooLarge: Outcome(413, "OUT_OF_RANGE", "invalid_request_error", "request_too_large"),
     HeadersTooLarge: Outcome(431, None, "invalid_request_error", "headers_too_large"),
     ExpectationFailed: Outcome(417, None, "invalid_request_error", "expectation_failed"),
+    UnsupportedEncoding: Outcome(415, None, "invalid_request_error", "unsupported_encoding"),
     ArrivedTooSlowly: Outcome(408, None, "invalid_request_error", "request_timeout"),
     RateLimited: Outcome(429, "ABORTED", "rate_limit_exceeded", "rate_limit_exceeded", retry_after_s=1),
     Overloaded: Outcome(503, "RESOURCE_EXHAUSTED", "server_error", "overloaded", retry_after_s=1),

@@ -3,6 +3,7 @@ go upwards; it never outlives its parent)."""
 
 import ctypes
 import os
+import resource
 import signal
 import socket
 import stat
@@ -15,6 +16,7 @@ from kvferry.common.errors import ConfigError
 PR_SET_PDEATHSIG = 1  # prctl(2)
 CGROUP = Path("/sys/fs/cgroup")
 CPU_MAX = CGROUP / "cpu.max"
+MOST_DESCRIPTORS = 2**14 + 2**8
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -26,6 +28,14 @@ def usable_cores(cpu_max: Path = CPU_MAX) -> int:
     except OSError:  # no such cgroup
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def take_descriptors() -> None:
+    """Let this process have as many file descriptors as the system allows it, up to `MOST_DESCRIPTORS`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MOST_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def available_memory(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int:

@@ -9,7 +9,14 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from kvferry.common.errors import ExpectationFailed, HeadersTooLarge, InvalidRequest, KvferryError, outcome_of
+from kvferry.common.errors import (
+    ExpectationFailed,
+    HeadersTooLarge,
+    InvalidRequest,
+    KvferryError,
+    UnsupportedEncoding,
+    outcome_of,
+)
 from kvferry.common.telemetry import REQUEST_ID
 from kvferry.router.accounting import Metrics
 from kvferry.router.bodies import is_known
@@ -74,7 +81,7 @@ def guard(limits: Limits, metrics: Metrics | None) -> Callable[[web.Request, Han
 
 
 def check_head(request: web.Request, limits: Limits) -> None:
-    """Raises HeadersTooLarge, ExpectationFailed, and InvalidRequest for a body that is encoded."""
+    """Raises HeadersTooLarge, ExpectationFailed, UnsupportedEncoding."""
     size = len(request.method) + len(request.raw_path) + FIRST_LINE_REST + len("\r\n")
     size += sum(len(name) + len(value) + LINE_REST for name, value in request.raw_headers)
     if size > limits.header_bytes:
@@ -85,7 +92,7 @@ def check_head(request: web.Request, limits: Limits) -> None:
         raise ExpectationFailed(f"the Expect header of a request can only be {CONTINUE}; leave it out")
     for coding in request.headers.getall("Content-Encoding", ()):
         if coding.strip().lower() not in ("", "identity"):
-            raise InvalidRequest("the body has a Content-Encoding; send it as it is, without that header")
+            raise UnsupportedEncoding("the body has a Content-Encoding; send it as it is, without that header")
 
 
 async def read_body(request: web.Request, limits: Limits, place: Place) -> bytes:

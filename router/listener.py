@@ -29,15 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def connections_allowed() -> int:
-    """How many connections of clients there may be, once the process may have the descriptors for them, or as many as
-    the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = CONNECTIONS + RESERVED
-    if resource.RLIM_INFINITY not in (soft, hard):
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(wanted - RESERVED, wanted // 2)
+    """How many connections of clients there may be, with the descriptors that the process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = CONNECTIONS + RESERVED if soft == resource.RLIM_INFINITY else min(CONNECTIONS + RESERVED, soft)
+    return max(most - RESERVED, most // 2)
 
 
 async def listen(

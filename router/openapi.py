@@ -123,7 +123,7 @@ def _operation(name: str, content: Schema, body: str | None, *refusals: int) -> 
     if body:
         operation["requestBody"] = {"required": True, "content": _json(body)}
         refusals = (*refusals, *POSTED)
-    for status in sorted({400, 417, 431, *refusals}):
+    for status in sorted({400, 415, 417, 431, *refusals}):
         operation["responses"][str(status)] = _refusal(status)
     return operation
 

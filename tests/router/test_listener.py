@@ -54,7 +54,7 @@ def test_an_encoded_body_is_refused_and_not_decoded(coding, caplog):
                 head = HEAD.replace(b"POST / ", path) + b"Content-Encoding: %s\r\n" % coding.encode()
                 writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
                 received = await reader.read()
-                assert received.startswith(b"HTTP/1.1 400 ")
+                assert received.startswith(b"HTTP/1.1 415 ")
                 assert b"the body has a Content-Encoding; send it as it is" in received
                 writer.close()
 
@@ -198,8 +198,9 @@ def test_the_process_may_have_the_descriptors_that_the_system_allows(soft, hard,
     """Those that all else needs are not for connections."""
     assert RESERVED == 256
     script = (
-        "import resource as r\nfrom kvferry.router.listener import connections_allowed\n"
-        f"r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+        "import resource as r\nfrom kvferry.common.process import take_descriptors\n"
+        "from kvferry.router.listener import connections_allowed\n"
+        f"r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard}))\ntake_descriptors()\n"
         "print(connections_allowed(), *r.getrlimit(r.RLIMIT_NOFILE))"
     )
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= hard
