@@ -328,7 +328,7 @@ class StoreClient:
     async def _connect(self) -> None:
         self._link = await Link.open(self._socket, self._role, self._block_bytes)
         self.connects += 1
-        log.info("connected to the store at %s", self._socket)
+        log.info("connected to the store at %s%s", self._socket, " again" if self.connects > 1 else "")
 
     async def _touch(self, link: Link) -> None:
         """Warm the page table for a new arena, a piece at a time, while it is in use already."""

@@ -21,6 +21,7 @@ from kvferry.kvstore.protocol import ProtocolError
 log = logging.getLogger(__name__)
 
 HELLO_S = 5.0
+CLOSED = "closed"  # why it ended, where we have ended it
 REPLY_S = 5.0  # a node that takes longer is treated as gone
 
 R = TypeVar("R", bound=say.Reply)
@@ -145,7 +146,8 @@ class Link:
         if self.lost.is_set():
             return
         self.lost.set()
-        log.info("the connection to %s ended: %s", self._to, reason)
+        ours = reason == CLOSED
+        log.log(logging.INFO if ours else logging.WARNING, "the connection to %s ended: %s", self._to, reason)
         for asked in self._asked.values():
             if not asked.reply.done():
                 asked.reply.set_exception(Unreachable(reason))
@@ -156,7 +158,7 @@ class Link:
 
     async def close(self) -> None:
         """Drop the connection and wait for the reader to end."""
-        self.drop("closed")
+        self.drop(CLOSED)
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the workers say of the model they run. `tokenizer`: where the router finds it."""
+    """What the workers say of the model they run. `tokenizer`: where the router finds it, which is no part of what it
+    is: folders may lie elsewhere on other hosts."""
 
     name: str
-    tokenizer: str
+    tokenizer: str = field(compare=False)
     fingerprint: bytes
     layout: BlockLayout
     vocab_size: int
