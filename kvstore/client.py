@@ -66,6 +66,7 @@ class StoreClient:
         self._failpoints = failpoints or Failpoints()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="kvferry-copy")
         self._link: Link | None = None
+        self._only_sealed = True
         self._leases: dict[int, _Held] = {}  # by our handle
         self._last_lease = 0
         self._keeper: asyncio.Task | None = None
@@ -81,8 +82,8 @@ class StoreClient:
 
     @property
     def only_sealed(self) -> bool:
-        """Whether the node takes sealed blocks alone."""
-        return self._link is not None and self._link.welcome.sealed
+        """Whether the node takes sealed blocks alone, as it said last; so it is taken to be until it has said."""
+        return self._only_sealed
 
     @property
     def connected(self) -> bool:
@@ -145,7 +146,7 @@ class StoreClient:
 
     async def publish(self, reservation: Reservation, blocks: Sequence[Payload], seal: bytes | None = None) -> int:
         self._require_block_sizes([block.data for block in blocks])
-        if not blocks or (held := self._leases.get(reservation.lease)) is None:
+        if not blocks or (held := self._leases.get(reservation.lease)) is None or not takes(held.link, seal):
             return 0
         try:
             return await self._publish(held.link, held.numbers[0], blocks[: say.MAX_NAMES], seal)
@@ -155,7 +156,7 @@ class StoreClient:
     async def pull(self, match: Match, into: Sequence[memoryview], seal: bytes | None = None) -> int:
         self._require_block_sizes(into)
         into = into[: len(match)]
-        if (held := self._leases.get(match.lease)) is None:
+        if (held := self._leases.get(match.lease)) is None or not takes(held.link, seal):
             return 0
         blocks, good = match.blocks, 0
         while good < len(into):
@@ -198,9 +199,11 @@ class StoreClient:
             if link.lost.is_set() or link.arena is None:
                 break
             names, room = chain[start : start + len(chunk) + 1], into[start : start + len(chunk)]
-            pulled = await self._in_thread(link, copy_out, link.arena, chunk, names, room, seal)
+            pulled = await self._in_thread(link, copy_out, link.arena, chunk, names, room, seal, link.lost.is_set)
             self._count_pulled(pulled.good, pulled.seconds)
             good += pulled.good
+            if link.lost.is_set():
+                break
             if pulled.good < len(chunk):
                 bad = chunk[pulled.good]
                 self.bad_blocks += 1
@@ -275,7 +278,10 @@ class StoreClient:
             raise Unreachable("the connection is gone")
         slots = [slot for _, slot in chunk]
         payloads = [block for block, _ in chunk]
-        proofs = await self._in_thread(link, copy_in, link.arena, slots, payloads, self._segments, seal)
+        told = (link.arena, slots, payloads, self._segments, seal, link.lost.is_set)
+        proofs = await self._in_thread(link, copy_in, *told)
+        if len(proofs) < len(slots):
+            raise Unreachable("the connection went while blocks were copied")
         await self._failpoints.hit("publish.copied")
         written = tuple([say.Written(block.name, block.parent, of.slot, of.salt, of.proofs)
                          for block, of in zip(payloads, proofs, strict=True)])  # fmt: skip
@@ -327,6 +333,7 @@ class StoreClient:
 
     async def _connect(self) -> None:
         self._link = await Link.open(self._socket, self._role, self._block_bytes)
+        self._only_sealed = self._link.welcome.sealed
         self.connects += 1
         log.info("connected to the store at %s%s", self._socket, " again" if self.connects > 1 else "")
 
@@ -364,6 +371,12 @@ class StoreClient:
             await link.close()
             self._link = None
             self._leases = {ours: held for ours, held in self._leases.items() if held.link is not link}
+
+
+def takes(link: Link, seal: bytes | None) -> bool:
+    """Whether a node has to do with such blocks at all; of plain ones nothing may touch an arena that is for sealed
+    ones alone."""
+    return seal is not None or not link.welcome.sealed
 
 
 def are_slots(arena: ArenaMap, blocks: Sequence[Located]) -> bool:

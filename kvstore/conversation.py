@@ -129,7 +129,9 @@ class Conversation:
                 return say.Granted(number, *index.grant(connection, lease, names))
             case say.Commit(id=number, lease=lease, blocks=blocks):
                 if self._only_sealed and not all(block.salt for block in blocks):
-                    raise ProtocolError("this store is reached from other hosts and takes only sealed blocks")
+                    log.warning("a %s commits plain blocks, and this store takes only sealed ones", self._hello.role)
+                    index.abort(connection, [block.slot for block in blocks])
+                    return say.Committed(number, (say.CommitOutcome.LATE,) * len(blocks))
                 return say.Committed(number, index.commit(connection, lease, blocks))
             case say.Abort(id=number, slots=slots):
                 index.abort(connection, slots)

@@ -20,7 +20,7 @@ import hashlib
 import hmac
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, NoReturn, TypeVar
 
 import msgspec
@@ -131,7 +131,7 @@ class Identity:
     cluster: str
     address: str
     boot_id: bytes
-    secret: bytes
+    secret: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

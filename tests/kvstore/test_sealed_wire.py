@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from peer_stories import SEAL, TENANT, behind, clients_of, nothing_held, publish, pulled, run, wires
 from peer_wire import Wire
-from spans import span
+from spans import ROOT, span
 from store_host import Host
 
 from kvferry.common.config import StoreConfig
 from kvferry.common.store_api import Payload
 from kvferry.kvstore import peering
+from kvferry.kvstore import protocol as say
 from kvferry.kvstore.peering import Sending, Sent
 
 MARK = os.urandom(32)
@@ -162,7 +163,16 @@ def test_a_store_beyond_loopback_neither_takes_nor_brings_plain_blocks(ground):
         assert (await two.client.stats()).committed == 8
         reservation = await two.client.reserve(span(ground.names("mixed", 2)), tenant=TENANT)
         assert await two.client.publish(reservation, ground.payloads(ground.names("mixed", 2))) == 0
-        await ground.until(lambda: two.client.connects == 2)
+        assert (await two.client.stats()).writing == 0, "it does not even ask for slots"
+        link, names = two.client._link, tuple(ground.names("mixed", 2))
+        lease = two.client._leases[reservation.lease].numbers[0]
+        granted = await link.request(say.Grant(link.next_id(), lease, names), say.Granted, 5)
+        blocks = [say.Written(name, parent, slot, b"", bytes(16))
+                  for name, parent, slot in zip(names, (ROOT, *names), granted.slots, strict=False)]  # fmt: skip
+        reply = await link.request(say.Commit(link.next_id(), lease, tuple(blocks)), say.Committed, 5)
+        assert reply.outcomes == (say.CommitOutcome.LATE,) * 2
+        await two.client.release(reservation.lease)
+        assert two.client.connects == 1
         await nothing_held(ground, one.client, two.client)
         for host in (one, two):
             host.index.check_integrity()
