@@ -10,6 +10,7 @@ import typer
 from kvferry.cli import certs, check_config, demo, doctor, keys, roles, serve, tenants
 from kvferry.cli.flags import mistyped, spread, with_flags
 from kvferry.cli.run import EXIT_CONFIG, tell_failure
+from kvferry.common.config import silence_grpc
 
 WIDTH = 120  # of help that is no terminal's
 EXIT_INTERRUPTED = 130
@@ -76,6 +77,7 @@ def app() -> int:
     """Run the command line; the exit code. What a person mistyped is told in one line, with exit code 2."""
     from typer import rich_utils
 
+    silence_grpc()
     rich_utils.MAX_WIDTH = shutil.get_terminal_size((WIDTH, 50)).columns
     try:
         return typer.main.get_command(commands).main(spread(sys.argv[1:]), standalone_mode=False) or 0

@@ -62,6 +62,8 @@ def claim_socket_path(path: Path, what: str) -> None:
             probe.setblocking(False)
             probe.connect(str(path))
     except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise ConfigError(f"there is no folder {path.parent} for the socket of {what}; make it first") from None
         return
     except ConnectionRefusedError:
         path.unlink(missing_ok=True)
