@@ -49,7 +49,8 @@ class Directory(Protocol):
         """Claim the fill that begins with a missing block. None: it is ours (or nobody can tell); else whose it is.
 
         A claim lapses after two seconds unless it is renewed. `instead_of` takes one over whose owner was found not to
-        be computing: it is overwritten if it is still theirs. So is one by this node's own address before it restarted.
+        be computing: it is overwritten if it is still theirs, by one of those who try. So is one by this node's own
+        address before it restarted.
         """
         ...
 

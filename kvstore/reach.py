@@ -22,6 +22,7 @@ ASK_S = 1.0  # for an answer that needs no waiting
 WAIT_S = 1.0  # for one that waits
 RENEW_S = 0.7  # claims last two seconds
 MAX_ELSEWHERE = 4096
+MAX_OWNERS = 4  # that are asked whether they compute, one after another
 
 
 class Reach:
@@ -64,19 +65,20 @@ class Reach:
         if first is None:
             return None
         name, key = span.names[first], Key(span.anchors(first, first + 1)[0], span.names[first])
-        owner = await self._directory.claim(key)
-        if owner is not None and owner.address != self._peers.me.address:
+        owner = None
+        for _ in range(MAX_OWNERS):
+            owner = await self._directory.claim(key, instead_of=owner)
+            if owner is None:
+                self._elsewhere.pop(name, None)
+                self._claims[name] = key
+                return None
             if await self._is_computing(owner, span.from_(first, first + 1)):
                 self._elsewhere[name] = owner
                 self._elsewhere.move_to_end(name)
                 if len(self._elsewhere) > MAX_ELSEWHERE:
                     self._elsewhere.popitem(last=False)
                 return first
-            if await self._directory.claim(key, instead_of=owner) is not None:
-                return None  # somebody else was quicker; both compute, and the first writer wins
-        self._elsewhere.pop(name, None)
-        self._claims[name] = key
-        return None
+        return None  # several may compute, and the first writer wins
 
     def used(self, span: Span, count: int) -> None:
         """The leading blocks of a span were found here."""

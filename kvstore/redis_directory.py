@@ -14,7 +14,7 @@ from kvferry.common.clock import Clock, MonotonicClock
 from kvferry.kvstore.announcements import Announcements
 from kvferry.kvstore.breaker import Breaker
 from kvferry.kvstore.directory import CLAIM_S, HINT_S, PLACES, Holder, Key, place_of
-from kvferry.kvstore.redis_entries import Decoder, claim_key, encode, hint_key, mark_key, segments
+from kvferry.kvstore.redis_entries import Decoder, claim_key, encode, hint_key, mark_key, segments, turn_key
 from kvferry.kvstore.redis_pipe import Command, Moving, Pipe, Reply, connect, kind_of, sentence_of
 from kvferry.kvstore.redis_target import RedisTarget
 
@@ -102,19 +102,20 @@ class RedisDirectory:
         return await self._call(locate, [()] * len(keys)) if keys else []
 
     async def claim(self, key: Key, *, instead_of: Holder | None = None) -> Holder | None:
-        """One round trip; a second one where a claim is overwritten."""
+        """One round trip; two more where a claim is overwritten."""
         at = claim_key(key)
 
         async def claim(pipe: Pipe) -> Holder | None:
             won, value = await pipe.run([self._claim(at, "NX"), ["GET", at]])
             if _good(won) is not None:
                 return None
-            owner = self._decode.holder(_text(value))
+            before = _text(value)
+            owner = self._decode.holder(before)
+            if owner == self._me:
+                return None
             if owner is not None and owner != instead_of and owner.address != self._me.address:
                 return owner
-            if owner != self._me:
-                _good(*await pipe.run([self._claim(at, "XX")]))
-            return None
+            return await self._take_over(pipe, key, before)
 
         return await self._call(claim, None)
 
@@ -163,6 +164,22 @@ class RedisDirectory:
         self._announcements.check_integrity()
         if self._breaker.closed and self._pipe is None:
             raise RuntimeError("the directory has no connection and does not look for one")
+
+    async def _take_over(self, pipe: Pipe, key: Key, before: Reply) -> Holder | None:
+        """Overwrite a claim that was `before`; else who has done that. Many may want to at once: they take turns, and
+        whose turn it is looks again."""
+        at, turn = claim_key(key), turn_key(key)
+        won, *values = await pipe.run([self._claim(turn, "NX"), ["GET", turn], ["GET", at]])
+        mine, (taker, now) = _good(won) is not None, map(_text, values)
+        untouched = now is None or now == before
+        if mine:
+            taking = [self._claim(at, "NX" if now is None else "XX")] if untouched else []
+            for reply in await pipe.run([*taking, ["PEXPIRE", turn, 0]]):  # which ends the turn
+                _good(reply)
+        if mine and untouched:
+            return None
+        owner = self._decode.holder(taker if untouched else now)
+        return owner if owner != self._me else None
 
     async def _call(self, ask: Callable[[Pipe], Awaitable[T]], otherwise: T) -> T:
         """What `ask` gives within the budget, or else `otherwise`. A caller's cancellation does not interrupt it: there

@@ -256,6 +256,25 @@ def test_a_claim_is_taken_from_one_who_does_not_compute(run, kind):
 
 
 @EVERYWHERE
+def test_of_many_who_take_a_claim_over_at_once_one_has_it(run, kind):
+    async def story(world):
+        dead, *others = holders_at(*[0, 1] * 4)
+        at_dead, *directories = [await world.join(one) for one in (dead, *others)]
+        for key in keys_of("x", 5):
+            assert await at_dead.claim(key) is None
+            told = await asyncio.gather(*(one.claim(key, instead_of=dead) for one in directories))
+            assert told.count(None) == 1, "one computes"
+            owner = others[told.index(None)]
+            assert set(told) == {None, owner}, "and the others know who"
+            assert await at_dead.claim(key) == owner
+            rest = [one for one, answer in zip(directories, told, strict=True) if answer is not None]
+            again = await asyncio.gather(*(one.claim(key, instead_of=owner) for one in rest))
+            assert again.count(None) == 1, "the turn is over at once"
+
+    run(story, kind)
+
+
+@EVERYWHERE
 def test_a_restarted_nodes_claims_are_its_own(run, kind):
     async def story(world):
         a, b = holders_at(0, 1)
@@ -267,7 +286,7 @@ def test_a_restarted_nodes_claims_are_its_own(run, kind):
         assert await restarted.claim(key) is None
         assert await at_b.claim(key) == after
         await at_a.renew([key])
-        world.elapse(1.9)
+        world.elapse(1.5)
         assert await at_b.claim(key, instead_of=a) == after
 
     run(story, kind)
