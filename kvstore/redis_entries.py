@@ -1,8 +1,8 @@
 """What the directory writes to Redis: its keys, and a node's address and boot id as their values.
 
-A block's hints: `kvf:{A}:N:place`, a fill's claim: `kvf:{A}:c:N`, and who takes it over at the moment: `kvf:{A}:t:N`. A:
-the first 8 bytes of the anchor, N: the first 16 of the name, in hex; what is in braces picks the server of a cluster, so
-a segment's keys lie together. Two names that share 16 bytes would be a stale hint.
+A block's hints: `kvf:{A}:N:place`, a fill's claim: `kvf:{A}:c:N`, and who is taking it over: `kvf:{A}:t:N`. A: the
+first 8 bytes of the anchor, N: the first 16 of the name, in hex; what is in braces picks the server of a cluster, so a
+segment's keys lie together. Two names that share 16 bytes would be a stale hint.
 
 A value: 4 bytes of the XXH3-64 of the rest, a version byte, the boot id, the address.
 """
