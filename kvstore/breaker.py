@@ -16,7 +16,8 @@ CALM_S = 10.0  # what fails again sooner than this after it was mended waits on 
 class Breaker:
     """Open until `start` or a later try mends it. `mend` returns what is wrong, or nothing.
 
-    `what` begins the two log lines: a warning when it opens, and what happened when it closes again.
+    `what` begins the log lines: a warning when it opens, one more when a try finds a fault of another kind, and what
+    happened when it closes again. A fault's kind is what stands before its colon, or all of it.
     """
 
     def __init__(
@@ -87,12 +88,16 @@ class Breaker:
         self._is_closed.set()
 
     async def _mend_for_ever(self) -> None:
+        told = self.last_fault
         while True:
             await asyncio.sleep(self._wait_s)
             self._wait_s = min(2 * self._wait_s, self._most_s)
             if not (fault := await self._mend()):
                 break
             self.last_fault = fault
+            if fault.partition(":")[0] != told.partition(":")[0]:
+                log.warning("%s still does not work: %s", self._what, fault)
+                told = fault
         log.info("%s is used again, after %.1f s", self._what, self._clock.now() - self._since)
         self._mending = None
         self._close()

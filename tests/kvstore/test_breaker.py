@@ -1,4 +1,5 @@
-"""A breaker opens at once, tries less and less often, and says so twice: when it opens and when it closes."""
+"""A breaker opens at once, tries less and less often, and says so when it opens, when something else is wrong, and when
+it closes."""
 
 import asyncio
 import logging
@@ -69,8 +70,33 @@ def test_the_longer_it_lasts_the_less_it_is_tried(waits, lines):
         breaker.check_integrity()
         assert lines() == [
             ("WARNING", "the thing is not used until it works again: it broke"),
+            ("WARNING", "the thing still does not work: it is broken"),
             ("INFO", "the thing is used again, after 42.0 s"),
         ]
+        await breaker.close()
+
+    asyncio.run(story())
+
+
+def test_another_reason_is_told_once(waits, lines):
+    """It was not there, and is there and refuses us now: a user who did not know would look for the wrong fault."""
+
+    async def story():
+        thing = Thing("it is not there: error 111")
+        breaker = Breaker("the thing", thing.mend, ManualClock())
+        await breaker.start()
+        await turns(5)
+        thing.fault = "it is not there: error 113"
+        await turns(5)
+        assert breaker.last_fault == thing.fault
+        assert lines() == [("WARNING", "the thing is not used until it works again: it is not there: error 111")]
+        thing.fault = "it does not accept our password"
+        await turns(20)
+        breaker.check_integrity()
+        assert lines()[1:] == [("WARNING", "the thing still does not work: it does not accept our password")]
+        thing.fault = ""
+        await asyncio.wait_for(breaker.wait_closed(), 5)
+        assert [level for level, _ in lines()] == ["WARNING", "WARNING", "INFO"]
         await breaker.close()
 
     asyncio.run(story())

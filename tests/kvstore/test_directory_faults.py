@@ -166,6 +166,31 @@ def test_redis_is_not_there_at_the_start(server, lines):
     play(story())
 
 
+def test_redis_comes_back_without_our_user(server, tmp_path, lines):
+    """As it does after a restart, unless it has an aclfile: the log says what is wrong now, not what was."""
+
+    async def story():
+        file = tmp_path / "password"
+        file.write_text("one\n")
+        admit = ["ACL", "SETUSER", "worker", "on", ">one", "~kvf:*", "+@all"]
+        server.ask(*admit)
+        async with Story(server.url, user="worker", password_file=file) as at:
+            await at.told()
+            server.kill()
+            await at.misses()
+            await at.a.locate(KEYS)
+            assert len(lines("WARNING")) == 2
+            assert all("not used until it works again: connection: " in line for line in lines("WARNING"))
+            server.start()
+            await until(lambda: len(lines("WARNING")) == 4)
+            assert all(line.endswith("still does not work: it does not accept our user and password")
+                       for line in lines("WARNING")[2:])  # fmt: skip
+            server.ask(*admit)
+            await at.heals()
+
+    play(story())
+
+
 @pytest.mark.parametrize("tls", ["", "s"])
 @pytest.mark.parametrize("where", ["redis{s}://127.0.0.1:1", "redis{s}+sentinel://127.0.0.1:1,127.0.0.1:2/main",
                                    "redis{s}+cluster://127.0.0.1:1,127.0.0.1:2"])  # fmt: skip
