@@ -159,8 +159,9 @@ SETTINGS = all_settings(SECTIONS)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A question for who mistyped a name; empty when nothing is near."""
+    """A question for who mistyped a name, or left its last words out; empty when nothing is near."""
     last = name.rpartition(".")[2]
     elsewhere = [one for one in known if "." in name and one.rpartition(".")[2] == last]
-    close = elsewhere[0] if elsewhere else nearest_of(name, known)
+    longer = {one for one in known if one.startswith((f"{name}-", f"{name}_"))}
+    close = elsewhere[0] if elsewhere else nearest_of(name, known) or (longer.pop() if len(longer) == 1 else None)
     return f"; did you mean {close}?" if close else ""

@@ -61,6 +61,10 @@ def test_version():
         (("serve", "--max-model-length", "5"), "kvferry serve: there is no --max-model-length; did you mean "
                                                "--max-model-len?"),
         (("router", "--max-prompt"), "kvferry router: there is no --max-prompt; did you mean --max-prompts?"),
+        (("store", "--peer-secret=x"), "kvferry store: there is no --peer-secret; did you mean --peer-secret-file?"),
+        (("store", "--redis-pass"), "kvferry store: there is no --redis-pass; `kvferry store --help` lists what there "
+                                    "is"),
+        (("router", "--max"), "kvferry router: there is no --max; `kvferry router --help` lists what there is"),
         (("serve", "--zzz"), "kvferry serve: there is no --zzz; `kvferry serve --help` lists what there is"),
         (("serv",), "kvferry: No such command 'serv'. Did you mean 'serve'?"),
         (("serve", "demo", "--port"), "kvferry: Option '--port' requires an argument; `kvferry --help` lists what "
