@@ -22,6 +22,7 @@ from kvferry.cli.progress import Bars, Lines, display
 from kvferry.cli.run import Parent
 from kvferry.cli.supervisor import ChildSpec, Supervisor
 from kvferry.common.clock import MonotonicClock
+from kvferry.common.errors import ConfigError
 from kvferry.common.process import Note, usable_cores
 from kvferry.common.telemetry import json_line, logs_are_json
 
@@ -45,7 +46,7 @@ def serve(settings: Settings, parent: Parent) -> None:
         plan = with_ports(with_model(plan, found))
         if shown.tell:  # children write to a pipe, and a terminal shows it
             plan = replace(plan, logs=replace(plan.logs, log_format="text"))
-        shown.plan(lines(plan, found.weight_bytes(plan.engines[0].dtype)))
+        shown.plan(lines(understood_plan(plan), found.weight_bytes(plan.engines[0].dtype)))
         command = (sys.executable, os.path.abspath(sys.argv[0]))
         asyncio.run(_serve(stages(plan, command), plan, shown))
 
@@ -83,11 +84,16 @@ def private_folder() -> Iterator[Path]:
 
 
 def with_ports(plan: Plan) -> Plan:
-    """The plan with free ports where it says 0, which the ready line has to name."""
-    router = plan.router
-    port = open_port(router.host, router.port, "--port")
-    return replace(plan, router=replace(
-        router, port=port, admin_port=open_port(router.admin_host, router.admin_port, "--admin-port")))  # fmt: skip
+    """The plan with the ports that its router will listen at, free ones where it says 0, which the ready line has to
+    name. Raises ConfigError."""
+    told = understood_plan(plan).router
+    port = open_port(told.host, told.port, "--port")
+    admin_port = open_port(told.admin_host, told.admin_port, "--admin-port")
+    plan = replace(plan, router=replace(plan.router, port=port, admin_port=admin_port))
+    if 0 in ((router := understood_plan(plan).router).port, router.admin_port):
+        raise ConfigError("--router-arg: a port 0 there would not be known here; give --port=0 or --admin-port=0 to "
+                          "serve itself")  # fmt: skip
+    return plan
 
 
 async def _serve(processes: Sequence[Sequence[ChildSpec]], plan: Plan, shown: Bars | Lines) -> None:
@@ -105,7 +111,7 @@ async def _serve(processes: Sequence[Sequence[ChildSpec]], plan: Plan, shown: Ba
 
     def on_ready() -> None:
         shown.close()
-        line = ready_line(plan)
+        line = ready_line(understood_plan(plan))
         print(json_line("serve", logging.INFO, line) if logs_are_json() else line, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

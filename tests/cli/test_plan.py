@@ -1,11 +1,13 @@
 """What `serve` starts is what it was told: each child's command line gives it the configuration of the plan."""
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from kvferry.cli import serve
+from kvferry.cli.flags import understood
 from kvferry.cli.layers import Settings, resolve
 from kvferry.cli.models import Found
 from kvferry.cli.plan import ROUTER_DRAIN_S, Plan, lines, make_plan, ready_line, stages, understood_plan, with_model
@@ -113,6 +115,27 @@ def test_people_are_told_the_plan():
         assert part in shown
     assert "prefill  0" not in "\n".join(lines(plan_of(serve__prefill="0"), 0))
     assert ready_line(plan).startswith("kvferry is ready: http://[::1]:81/v1  model m  (1 prefill, 1 decode, store 4.0")
+
+
+def test_the_ready_line_names_the_ports_that_the_router_listens_at():
+    """Also where it was told them as its own argument."""
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
+        of_serve, told = (one.getsockname()[1] for one in (taken, free))
+        free.close()
+        plan = plan_of(router__port="0", router__admin_port=str(of_serve), serve__router_arg=[f"--admin-port={told}"])
+        plan = serve.with_ports(plan)
+    assert ready_line(understood_plan(plan)).endswith(f"metrics: http://127.0.0.1:{told}/metrics)")
+    assert f"ready: http://127.0.0.1:{plan.router.port}/v1" in ready_line(understood_plan(plan))
+    assert plan.router.port
+    (*_, router) = stages(plan, ())[-1]
+    child = understood("kvferry router", FLAGS["router"], router.argv[1:]).of("router")
+    assert (child.port, child.admin_port) == (plan.router.port, told)
+
+
+@pytest.mark.parametrize("flag", ["--port", "--admin-port"])
+def test_a_port_that_nobody_would_know_is_refused(flag):
+    with pytest.raises(ConfigError, match="--router-arg: a port 0 there would not be known here"):
+        serve.with_ports(plan_of(router__port="0", router__admin_port="0", serve__router_arg=[f"{flag}=0"]))
 
 
 def test_serve_waits_for_a_router_that_may_drain_for_long():
