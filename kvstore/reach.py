@@ -6,11 +6,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
 
+import msgspec
+
 from kvferry.common.clock import Clock
 from kvferry.common.hashing import SEGMENT, BlockName, Span
-from kvferry.common.store_api import Claim, Match, MissReason
+from kvferry.common.store_api import Claim, Match, MissReason, StoreStats
 from kvferry.kvstore import protocol as say
-from kvferry.kvstore.directory import Directory, Holder, Key
+from kvferry.kvstore.directory import CLAIM_S, Directory, Holder, Key
 from kvferry.kvstore.fetching import Fetcher
 from kvferry.kvstore.index import Index
 from kvferry.kvstore.link import Unreachable
@@ -32,10 +34,15 @@ class Reach:
     def __init__(self, index: Index, directory: Directory, peers: Peers, fetcher: Fetcher, clock: Clock):
         self._index, self._directory, self._peers, self._fetcher = index, directory, peers, fetcher
         self._clock = clock
-        self._elsewhere: OrderedDict[BlockName, Holder] = OrderedDict()  # who was seen to compute the fill from there
+        # Who was seen to compute the fill that begins there, and until when that is believed.
+        self._elsewhere: OrderedDict[BlockName, tuple[Holder, float]] = OrderedDict()
         self._claims: dict[BlockName, Key] = {}  # ours, by the first block
         self._renewed = clock.now()
         self._background: set[asyncio.Task[None]] = set()
+
+    def with_others(self, stats: StoreStats) -> StoreStats:
+        """A node's numbers, with what it is connected to."""
+        return msgspec.structs.replace(stats, directory=self._directory.state, peers_away=self._peers.away)
 
     async def bring(self, span: Span, tenant: str, holder: str) -> None:
         """Have the span, whose first block is not here, begin to come, as far as anybody has it."""
@@ -44,18 +51,23 @@ class Reach:
 
     async def seen(self, span: Span) -> int:
         """How many leading blocks of the span, which are not here, others seem to have."""
-        return len(await self._sources(span, ""))
+        return len(await self._located(span))
 
     async def wait(self, span: Span, deadline: float) -> None:
         """While another host computes the first block of the span, wait there, until it is done or `deadline` (the
         loop's time)."""
-        owner = self._elsewhere.get(span.names[0])
+        name = span.names[0]
+        owner = self._owner_of(name)
         if owner is None:
             return
         # A piece at a time: a host that is gone without a word is found out.
         while (left := deadline - asyncio.get_running_loop().time()) > 0:
             match = await self._ask(owner, span, min(left, WAIT_S))
-            if match is None or match.miss is not MissReason.BEING_WRITTEN:
+            if match is None or not (match.blocks or match.miss is MissReason.BEING_WRITTEN):
+                self._elsewhere.pop(name, None)
+                return
+            self._saw(name, owner)
+            if match.miss is not MissReason.BEING_WRITTEN:
                 return
 
     async def claim(self, span: Span, claims: Sequence[Claim]) -> int | None:
@@ -73,10 +85,7 @@ class Reach:
                 self._claims[name] = key
                 return None
             if await self._is_computing(owner, span.from_(first, first + 1)):
-                self._elsewhere[name] = owner
-                self._elsewhere.move_to_end(name)
-                if len(self._elsewhere) > MAX_ELSEWHERE:
-                    self._elsewhere.popitem(last=False)
+                self._saw(name, owner)
                 return first
         return None  # several may compute, and the first writer wins
 
@@ -113,10 +122,21 @@ class Reach:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("telling the directory failed", exc_info=error)
 
+    def _saw(self, name: BlockName, owner: Holder) -> None:
+        """It computes the fill that begins there, or has just done so."""
+        self._elsewhere[name] = owner, self._clock.now() + CLAIM_S
+        self._elsewhere.move_to_end(name)
+        if len(self._elsewhere) > MAX_ELSEWHERE:
+            self._elsewhere.popitem(last=False)
+
+    def _owner_of(self, name: BlockName) -> Holder | None:
+        owner, until = self._elsewhere.get(name, (None, 0.0))
+        return owner if self._clock.now() < until else None
+
     async def _sources(self, span: Span, holder: str) -> list[list[str]]:
         """For the leading names that somebody else should have: where. A named holder should have all of them."""
         known = [holder] if holder and holder != self._peers.me.address else []
-        if (owner := self._elsewhere.get(span.names[0])) is not None:
+        if (owner := self._owner_of(span.names[0])) is not None:
             known.append(owner.address)
         located = await self._located(span)
         if not known:

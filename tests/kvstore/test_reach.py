@@ -8,14 +8,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from peer_stories import TENANT
+from peer_stories import TENANT, known_elsewhere
 from spans import span
 from store_host import Host
 
-from kvferry.common.clock import MonotonicClock
+from kvferry.common.clock import ManualClock, MonotonicClock
 from kvferry.common.store_api import Claim
 from kvferry.kvstore import network
-from kvferry.kvstore.directory import LocalTable
+from kvferry.kvstore.directory import CLAIM_S, LocalTable
 from kvferry.kvstore.reach import Reach
 
 BLOCK_BYTES = 64 * 1024
@@ -72,3 +72,36 @@ def test_when_the_owner_has_died_one_of_those_who_wait_computes(ground, run):
                 other.changed()
 
     run(story, 4)
+
+
+def test_who_computed_once_does_not_have_everything_for_ever(ground, run):
+    """What begins with a block of which another host had the claim: no more of it is believed to be there than is."""
+
+    async def story(owner, other):
+        reach = reach_of(other)
+        reach._clock = clock = ManualClock(1e6)
+        names, longer = ground.names("a", 8), ground.names("a", 1) + ground.names("b", 39)
+        reservation = await owner.client.reserve(span(names), tenant=TENANT)
+        assert set((await other.client.reserve(span(names), tenant=TENANT)).claims) == {Claim.TAKEN}
+        assert len(await reach._sources(span(longer), "")) == 40, "it may have all of it soon"
+        assert (await other.client.lookup(span(longer), lease=False)).coming == 0, "but that is no promise"
+        assert await owner.client.publish(reservation, ground.payloads(names)[:1]) == 1
+        await owner.client.release(reservation.lease)
+        await known_elsewhere(ground, other.client, names[:1])
+        assert (await other.client.lookup(span(longer), lease=False)).coming == 1
+        clock.advance(CLAIM_S)
+        assert await reach._sources(span(longer), "") == [[owner.address]]
+
+    run(story, 2)
+
+
+def test_an_owner_that_gave_up_is_not_asked_for_blocks(ground, run):
+    async def story(owner, other):
+        names = ground.names("a", 8)
+        reservation = await owner.client.reserve(span(names), tenant=TENANT)
+        assert set((await other.client.reserve(span(names), tenant=TENANT)).claims) == {Claim.TAKEN}
+        await owner.client.release(reservation.lease)
+        await reach_of(other).wait(span(names), asyncio.get_running_loop().time() + 20)
+        assert await reach_of(other)._sources(span(names), "") == []
+
+    run(story, 2)
