@@ -36,7 +36,7 @@ class Reach:
         self._clock = clock
         # Who was seen to compute the fill that begins there, and until when that is believed.
         self._elsewhere: OrderedDict[BlockName, tuple[Holder, float]] = OrderedDict()
-        self._claims: dict[BlockName, Key] = {}  # ours, by the first block
+        self._fills: dict[BlockName, Span] = {}  # ours, each from the block on that is claimed
         self._renewed = clock.now()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -76,13 +76,13 @@ class Reach:
         first = next((i for i, claim in enumerate(claims) if claim is Claim.GRANTED), None)
         if first is None:
             return None
-        name, key = span.names[first], Key(span.anchors(first, first + 1)[0], span.names[first])
+        name, key = span.names[first], first_key(span.from_(first))
         owner = None
         for _ in range(MAX_OWNERS):
             owner = await self._directory.claim(key, instead_of=owner)
             if owner is None:
                 self._elsewhere.pop(name, None)
-                self._claims[name] = key
+                self._fills[name] = span.from_(first)
                 return None
             if await self._is_computing(owner, span.from_(first, first + 1)):
                 self._saw(name, owner)
@@ -91,26 +91,48 @@ class Reach:
 
     def used(self, span: Span, count: int) -> None:
         """The leading blocks of a span were found here."""
-        self.announce(keys_of(span.from_(0, count)))
+        if count:
+            self._later(self._directory.announce(keys_of(span.from_(0, count))))
 
     def announce(self, keys: Sequence[Key]) -> None:
-        """Say what is here, without waiting."""
-        if keys:
-            self._later(self._directory.announce(keys))
+        """Say, without waiting, which blocks came to be here; and before that claim what their fills compute next, for
+        who finds these will look for that."""
+        claims = self._carry_on()
+        if claims or keys:
+            self._later(self._tell(claims, keys))
 
     def tick(self) -> None:
         """Keep the claims of what is being computed here. Call a few times a second."""
+        self.announce(())
         if self._clock.now() - self._renewed < RENEW_S:
             return
         self._renewed = self._clock.now()
-        self._claims = {name: key for name, key in self._claims.items() if self._index.is_pending(name)}
-        if self._claims:
-            self._later(self._directory.renew(list(self._claims.values())))
+        if self._fills:
+            self._later(self._directory.renew([first_key(rest) for rest in self._fills.values()]))
 
     async def close(self) -> None:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+
+    def _carry_on(self) -> list[Key]:
+        """Have each fill go on to the first block that is still being computed here. What is to be claimed for that."""
+        fills, claims = {}, []
+        for rest in self._fills.values():
+            at = next((i for i, name in enumerate(rest.names) if self._index.is_pending(name)), None)
+            if at is None:
+                continue
+            if at:
+                rest = rest.from_(at)
+                claims.append(first_key(rest))
+            fills[rest.names[0]] = rest
+        self._fills = fills
+        return claims
+
+    async def _tell(self, claims: Sequence[Key], keys: Sequence[Key]) -> None:
+        """What another host has claimed before is computed by both, and the first writer wins."""
+        await asyncio.gather(*map(self._directory.claim, claims))
+        await self._directory.announce(keys)
 
     def _later(self, doing: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(doing)
@@ -179,6 +201,10 @@ class Reach:
         except Unreachable as error:
             log.debug("%s", error)
             return None
+
+
+def first_key(span: Span) -> Key:
+    return keys_of(span.from_(0, 1))[0]
 
 
 def keys_of(span: Span) -> list[Key]:

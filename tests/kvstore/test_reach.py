@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from peer_stories import TENANT, known_elsewhere
+from peer_stories import TENANT, known_elsewhere, pulled
 from spans import span
 from store_host import Host
 
@@ -103,5 +103,31 @@ def test_an_owner_that_gave_up_is_not_asked_for_blocks(ground, run):
         await owner.client.release(reservation.lease)
         await reach_of(other).wait(span(names), asyncio.get_running_loop().time() + 20)
         assert await reach_of(other)._sources(span(names), "") == []
+
+    run(story, 2)
+
+
+def test_a_fill_that_has_begun_is_waited_for(ground, run):
+    """Who finds its first blocks claims another block than the one by which it was claimed."""
+
+    async def story(owner, other):
+        names = ground.names("a", 8)
+        payloads = ground.payloads(names)
+        reservation = await owner.client.reserve(span(names), tenant=TENANT)
+        for start, end in ((0, 2), (2, 5)):
+            assert await owner.client.publish(reservation, payloads[start:end]) == end - start
+            while await pulled(ground, other.client, names) < end:
+                pass  # the directory is not told before the answer
+            late = await other.client.reserve(span(names), tenant=TENANT)
+            assert late.claims == (Claim.PRESENT,) * end + (Claim.TAKEN,) * (8 - end)
+            await other.client.release(late.lease)
+        wait = asyncio.create_task(other.client.lookup(span(names), tenant=TENANT, wait_s=20))
+        assert await owner.client.publish(reservation, payloads[5:]) == 3
+        match = await wait
+        assert len(match) == 8
+        await other.client.release(match.lease)
+        await owner.client.release(reservation.lease)
+        reach_of(owner).tick()
+        assert reach_of(owner)._fills == {}
 
     run(story, 2)
