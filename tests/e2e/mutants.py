@@ -32,8 +32,8 @@ def spoil_pulls() -> None:
     pull = StoreClient.pull
     kept: list[np.ndarray] = []
 
-    async def spoilt(self: StoreClient, match, into) -> int:
-        good = await pull(self, match, into)
+    async def spoilt(self: StoreClient, match, into, seal) -> int:
+        good = await pull(self, match, into, seal)
         blocks = [np.frombuffer(view, dtype=np.uint8) for view in into[:good]]
         if fault() == ZEROED and blocks:
             blocks[0][:] = 0
