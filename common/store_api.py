@@ -6,7 +6,7 @@ from the moment it is published under it. Releasing a lease, or losing the conne
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -105,6 +105,8 @@ class StoreStats(msgspec.Struct, frozen=True):
     lookups: int = 0
     blocks_looked_up: int = 0
     blocks_found: int = 0
+    directory: Literal["none", "up", "down"] = "none"  # of the cluster, beside what this node knows by itself
+    peers_away: int = 0  # other nodes that failed when they were last spoken to, within the last minute
     committed_by_tenant: dict[str, int] = {}
 
 

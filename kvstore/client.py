@@ -19,6 +19,7 @@ from kvferry.common.store_api import Claim, Located, Match, MissReason, Payload,
 from kvferry.kvstore import protocol as say
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.copying import blocks_per_chunk, copy_in, copy_out
+from kvferry.kvstore.endings import end, settled
 from kvferry.kvstore.link import REPLY_S, Link, Unreachable, beat, post_abort, post_release
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class StoreClient:
         self._leases: dict[int, _Held] = {}  # by our handle
         self._last_lease = 0
         self._keeper: asyncio.Task | None = None
+        self._tell: Callable[[], None] = lambda: None
 
     @classmethod
     def of_worker(cls, config: WorkerConfig, layout: BlockLayout) -> "StoreClient":
@@ -89,12 +91,16 @@ class StoreClient:
     def connected(self) -> bool:
         return self._link is not None and not self._link.lost.is_set()
 
+    def on_change(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called whenever `connected` has changed. One caller at most."""
+        self._tell = tell
+
     async def start(self) -> None:
         """Connect if the node is there, and keep connected from then on. Raises IncompatibleNode if it refuses us."""
         try:
             await self._connect()
         except Unreachable as error:
-            log.info("the store is not there yet: %s", error)
+            log.warning("the store is not there yet, and nothing is found or kept until it is: %s", error)
         self._keeper = asyncio.create_task(self._keep_connected())
 
     async def close(self) -> None:
@@ -336,6 +342,7 @@ class StoreClient:
         self._only_sealed = self._link.welcome.sealed
         self.connects += 1
         log.info("connected to the store at %s%s", self._socket, " again" if self.connects > 1 else "")
+        self._tell()
 
     async def _touch(self, link: Link) -> None:
         """Warm the page table for a new arena, a piece at a time, while it is in use already."""
@@ -370,6 +377,7 @@ class StoreClient:
                 await end(touching)
             await link.close()
             self._link = None
+            self._tell()
             self._leases = {ours: held for ours, held in self._leases.items() if held.link is not link}
 
 
@@ -382,22 +390,3 @@ def takes(link: Link, seal: bytes | None) -> bool:
 def are_slots(arena: ArenaMap, blocks: Sequence[Located]) -> bool:
     slots = [block.slot for block in blocks]
     return not slots or (min(slots) >= 0 and max(slots) < arena.slots)
-
-
-async def end(task: asyncio.Task) -> None:
-    """Cancel a task of ours and wait for it; an error of its own is a bug, and is logged."""
-    task.cancel()
-    (outcome,) = await asyncio.gather(task, return_exceptions=True)
-    if isinstance(outcome, Exception):
-        log.error("a background task failed", exc_info=outcome)
-
-
-async def settled(future: asyncio.Future) -> None:
-    """Wait until `future` is done, through any number of cancellations. The caller is being cancelled already."""
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            continue
-    if not future.cancelled() and (error := future.exception()) is not None:
-        log.error("a cancelled copy failed: %r", error)

@@ -143,7 +143,8 @@ class Conversation:
             case say.Erase(tenant=tenant):
                 log.info("%d blocks of an erased tenant are dropped", index.erase(tenant))
             case say.Stats(id=number):
-                return say.Counted(number, index.stats())
+                stats = index.stats()
+                return say.Counted(number, self._reach.with_others(stats) if self._reach is not None else stats)
         return say.Done(request.id)
 
     def _is_all_here(self, request: say.Lookup) -> bool:

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import xxhash
 
@@ -13,6 +13,9 @@ HINT_S = 3600.0  # a hint lapses so long after its block was last announced
 CLAIM_S = 2.0  # a claim, so long after it was made or renewed
 PLACES = 2  # hints kept of a name; a node's address says which of them is its own
 MAX_HINTS = 2**18  # in a LocalTable
+
+
+State = Literal["none", "up", "down"]
 
 
 class Key(NamedTuple):
@@ -32,7 +35,12 @@ class Holder(NamedTuple):
 
 class Directory(Protocol):
     """Belongs to one node, the `Holder` it was made with. No method raises for a directory that is slow, gone, flushed
-    or failed over; it answers as if nobody had said anything."""
+    or failed over; it answers as if nobody had said anything.
+
+    `state`: whether it answers now; "none" is one of this process alone.
+    """
+
+    state: State
 
     async def announce(self, keys: Sequence[Key]) -> None:
         """Say that this node has these blocks now, or has used them. Returns before others can know.
@@ -122,6 +130,8 @@ class LocalTable:
 
 class LocalDirectory:
     """For the nodes of one process, which share a table; and for the only node there is."""
+
+    state: State = "none"
 
     def __init__(self, me: Holder, table: LocalTable):
         self._me = me

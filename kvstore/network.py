@@ -53,8 +53,12 @@ class Network:
         directory: Directory
         if config.redis is None:
             directory = LocalDirectory(holder, LocalTable(clock))
+            log.info("no directory (--redis): blocks are fetched only from where they were just computed")
         else:
-            directory = await RedisDirectory.open(redis_target(config), holder, clock)
+            target = redis_target(config)
+            directory = await RedisDirectory.open(target, holder, clock)
+            if directory.state == "up":
+                log.info("directory: %s in use", target)
         return cls(config, me, index, waiters, directory)
 
     def use(self, arena: ArenaMap) -> None:

@@ -21,6 +21,7 @@ CONNECT_S = 1.0  # to be connected and accepted
 STALL_S = 0.5  # a sender from whom nothing comes for so long is taken for slow
 AWAY_FIRST_S, AWAY_MOST_S = 0.5, 10.0  # so long a peer that failed is left alone
 AWAY_INCOMPATIBLE_S = 30.0
+TOLD_S = 60.0  # so long after its last failure a peer counts as away, if nothing has worked since
 IDLE_MOST = 4  # fetch connections kept for each peer
 # TimeoutError is an OSError; an address that is none is a ValueError
 FAILED = (OSError, EOFError, ProtocolError, IncompatibleNode, ValueError)
@@ -113,11 +114,17 @@ class Peer:
         self.opening = asyncio.Lock()
         self.idle: list[Inflow] = []
         self._pause = AWAY_FIRST_S
+        self._failed_at = 0.0
         self._told = ""
+
+    def is_away(self, now: float) -> bool:
+        """Whether it failed when it was last spoken to, not long ago."""
+        return bool(self._told) and now - self._failed_at < TOLD_S
 
     def failed(self, error: BaseException, now: float) -> None:
         """Leave it alone for a while; longer with each time in a row, and longest when no retry can help."""
         incompatible = isinstance(error, IncompatibleNode)
+        self._failed_at = now
         self.away_until = now + (AWAY_INCOMPATIBLE_S if incompatible else self._pause)
         self._pause = min(2 * self._pause, AWAY_MOST_S)
         while self.idle:
@@ -146,6 +153,11 @@ class Peers:
         """Whether it is another node, and not known to be away."""
         peer = self._peers.get(address)
         return address != self.me.address and (peer is None or peer.away_until <= self._clock.now())
+
+    @property
+    def away(self) -> int:
+        """How many of those that were spoken to lately do not work."""
+        return sum(peer.is_away(self._clock.now()) for peer in self._peers.values())
 
     def boot_id(self, address: str) -> bytes:
         """Of the process that was last met there; empty if none was."""

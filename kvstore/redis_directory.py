@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 from kvferry.common.clock import Clock, MonotonicClock
 from kvferry.kvstore.announcements import Announcements
 from kvferry.kvstore.breaker import Breaker
-from kvferry.kvstore.directory import CLAIM_S, HINT_S, PLACES, Holder, Key, place_of
+from kvferry.kvstore.directory import CLAIM_S, HINT_S, PLACES, Holder, Key, State, place_of
 from kvferry.kvstore.redis_entries import Decoder, claim_key, encode, hint_key, mark_key, segments, turn_key
 from kvferry.kvstore.redis_pipe import Command, Moving, Pipe, Reply, connect, kind_of, sentence_of
 from kvferry.kvstore.redis_target import RedisTarget
@@ -143,6 +143,10 @@ class RedisDirectory:
         pipe, self._pipe = self._pipe, None
         if pipe is not None:
             await pipe.close()
+
+    @property
+    def state(self) -> State:
+        return "up" if self._breaker.closed else "down"
 
     def stats(self) -> RedisDirectoryStats:
         return RedisDirectoryStats(
