@@ -22,14 +22,17 @@ log = logging.getLogger(__name__)
 
 ASK_S = 1.0  # for an answer that needs no waiting
 WAIT_S = 1.0  # for one that waits
+AGAIN_S = 0.1  # until one is asked again that did not wait
+LOCATE_S = 0.05  # after so long nothing more is asked of the directory about a span
+AT_ONCE = 16 * SEGMENT  # names
 RENEW_S = 0.7  # claims last two seconds
 MAX_ELSEWHERE = 4096
-MAX_OWNERS = 4  # that are asked whether they compute, one after another
+MAX_OWNERS = 2  # that are asked whether they compute: the first, and who was quicker to take over
 
 
 class Reach:
-    """Belongs to the event loop, like the index. All methods answer within the directory's budget, unless they say that
-    they wait."""
+    """Belongs to the event loop, like the index. `bring` and `seen` take twice the directory's budget at most, `claim`
+    as long as it takes to hear from each owner that is asked, or to give it up."""
 
     def __init__(self, index: Index, directory: Directory, peers: Peers, fetcher: Fetcher, clock: Clock):
         self._index, self._directory, self._peers, self._fetcher = index, directory, peers, fetcher
@@ -60,8 +63,10 @@ class Reach:
         owner = self._owner_of(name)
         if owner is None:
             return
+        now = asyncio.get_running_loop().time
         # A piece at a time: a host that is gone without a word is found out.
-        while (left := deadline - asyncio.get_running_loop().time()) > 0:
+        while (left := deadline - now()) > 0:
+            end = now() + min(left, WAIT_S)
             match = await self._ask(owner, span, min(left, WAIT_S))
             if match is None or not (match.blocks or match.miss is MissReason.BEING_WRITTEN):
                 self._elsewhere.pop(name, None)
@@ -69,6 +74,7 @@ class Reach:
             self._saw(name, owner)
             if match.miss is not MissReason.BEING_WRITTEN:
                 return
+            await asyncio.sleep(min(AGAIN_S, max(0.0, end - now())))
 
     async def claim(self, span: Span, claims: Sequence[Claim]) -> int | None:
         """Of a reservation that this node has given: the index from which on another host computes already; None if
@@ -167,18 +173,18 @@ class Reach:
         return [[*known, *(address for address in one if address not in known)] for one in located]
 
     async def _located(self, span: Span) -> list[list[str]]:
-        """What the directory says of the leading names."""
+        """What the directory says of the leading names, as many as there is time for."""
         sources: list[list[str]] = []
-        # Most prefixes that nobody has show in their first segment; the rest is asked for at once.
-        for start, end in ((0, SEGMENT), (SEGMENT, len(span))):
-            part = span.from_(start, end) if start < len(span) else None
-            if part is None or len(sources) < start:
-                break
+        until = self._clock.now() + LOCATE_S
+        at_once = SEGMENT  # most prefixes that nobody has show in their first segment
+        while len(sources) < len(span) and (not sources or self._clock.now() < until):
+            part = span.from_(len(sources), len(sources) + at_once)
             for holders in await self._directory.locate(keys_of(part)):
                 addresses = [one.address for one in holders if self._is_alive(one)]
                 if not addresses:
-                    break
+                    return sources
                 sources.append(addresses)
+            at_once = AT_ONCE
         return sources
 
     def _is_alive(self, holder: Holder) -> bool:

@@ -4,6 +4,7 @@ is believed."""
 import asyncio
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,10 +14,11 @@ from spans import span
 from store_host import Host
 
 from kvferry.common.clock import ManualClock, MonotonicClock
+from kvferry.common.hashing import SEGMENT
 from kvferry.common.store_api import Claim
 from kvferry.kvstore import network
-from kvferry.kvstore.directory import CLAIM_S, LocalTable
-from kvferry.kvstore.reach import Reach
+from kvferry.kvstore.directory import CLAIM_S, Holder, Key, LocalDirectory, LocalTable
+from kvferry.kvstore.reach import AGAIN_S, AT_ONCE, LOCATE_S, Reach, keys_of
 
 BLOCK_BYTES = 64 * 1024
 SLOTS = 64
@@ -49,6 +51,45 @@ def run():
 
 def reach_of(host: Host) -> Reach:
     return host._node._network.reach
+
+
+class Slow(LocalDirectory):
+    """Each answer takes its time."""
+
+    def __init__(self, me: Holder, table: LocalTable, clock: ManualClock, takes_s: float):
+        super().__init__(me, table)
+        self.asked: list[int] = []
+        self._clock, self._takes_s = clock, takes_s
+
+    async def locate(self, keys: Sequence[Key]) -> list[tuple[Holder, ...]]:
+        self.asked.append(len(keys))
+        self._clock.advance(self._takes_s)
+        return await super().locate(keys)
+
+
+@pytest.mark.parametrize(
+    ("there", "takes_s", "found", "asked"),
+    [
+        (0, 0.0, 0, [SEGMENT]),
+        (SEGMENT + AT_ONCE + 10, 0.0, SEGMENT + AT_ONCE + 10, [SEGMENT, AT_ONCE, AT_ONCE]),
+        (5000, 0.0, 5000, [SEGMENT, *[AT_ONCE] * 4, 5000 - SEGMENT - 4 * AT_ONCE]),
+        (5000, 0.6 * LOCATE_S, SEGMENT + AT_ONCE, [SEGMENT, AT_ONCE]),
+        (5000, 2 * LOCATE_S, SEGMENT, [SEGMENT]),
+    ],
+)
+def test_of_a_long_prompt_what_is_found_in_time_counts(ground, run, there, takes_s, found, asked):
+    """It is asked for in parts, up to the first block that nobody has."""
+
+    async def story(host):
+        clock, table = ManualClock(1e6), LocalTable(MonotonicClock())
+        reach, names = reach_of(host), ground.names("a", 5000)
+        reach._clock = clock
+        reach._directory = slow = Slow(Holder(host.address, bytes(16)), table, clock, takes_s)
+        await LocalDirectory(Holder("127.0.0.1:1", bytes(16)), table).announce(keys_of(span(names[:there])))
+        assert await reach.seen(span(names)) == found
+        assert slow.asked == asked
+
+    run(story, 1)
 
 
 def test_when_the_owner_has_died_one_of_those_who_wait_computes(ground, run):
@@ -103,6 +144,25 @@ def test_an_owner_that_gave_up_is_not_asked_for_blocks(ground, run):
         await owner.client.release(reservation.lease)
         await reach_of(other).wait(span(names), asyncio.get_running_loop().time() + 20)
         assert await reach_of(other)._sources(span(names), "") == []
+
+    run(story, 2)
+
+
+def test_an_owner_that_does_not_wait_is_not_asked_all_the_time(ground, run):
+    async def story(owner, other):
+        names = ground.names("a", 8)
+        await owner.client.reserve(span(names), tenant=TENANT)
+        assert set((await other.client.reserve(span(names), tenant=TENANT)).claims) == {Claim.TAKEN}
+        asked = 0
+
+        async def answer_at_once(name, deadline):
+            nonlocal asked
+            asked += 1
+            return False
+
+        owner._node._waiters.wait = answer_at_once
+        await reach_of(other).wait(span(names), asyncio.get_running_loop().time() + 0.5)
+        assert 1 <= asked <= 0.5 / AGAIN_S + 1
 
     run(story, 2)
 
