@@ -37,6 +37,7 @@ class Worker(Answer):
     fingerprint: bytes = b""
     layout: BlockLayout | None = None
     draining: bool = False
+    without_store: bool = False
     expires: datetime | None = None  # its certificate
 
     @property
@@ -155,6 +156,9 @@ def of_worker(one: Worker, seen: Seen) -> Iterator[Finding]:
         return
     told = f"{one.model}, {milliseconds(one.round_trip_s)} away" + (", draining" if one.draining else "")
     yield Finding("worker", one.who, "ok", told)
+    if one.without_store:
+        yield Finding("store", one.who, "wrong", "it has no store: no block comes to it or from it",
+                      "see in its log why, and that --store of the worker is --socket of its host's store")  # fmt: skip
     yield from of_answer(one.who, one, seen)
     if one.expires is not None:
         yield of_certificate(

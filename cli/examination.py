@@ -108,6 +108,7 @@ async def look_at_worker(role: str, address: str, credentials: Credentials | Non
         fingerprint=status.fingerprint,
         layout=layout_from_wire(status.layout),
         draining=status.draining,
+        without_store=status.without_store,
         expires=await expiry_at(address) if link.secure else None,
     )
 

@@ -44,6 +44,9 @@ class CountingStore(BlockStore, Protocol):
 
     async def erase(self, tenant: str) -> None: ...
 
+    def on_change(self, tell: Callable[[], None]) -> None: ...
+
+    connected: bool
     only_sealed: bool
     pulled_bytes: int
     published_bytes: int
@@ -113,6 +116,7 @@ class Worker:
         self._watchers: set[asyncio.Event] = set()
         self._idle = asyncio.Event()
         self.engine.on_change(self._tell_watchers)
+        store.on_change(self._tell_watchers)
 
     def open_sequence(self, opening: pb.Sequence, limit: int | None = None) -> Sequence:
         """The engine's sequence for a request, which this task is for from here on. Raises IncompatibleNode if the
@@ -210,6 +214,7 @@ class Worker:
             bad_blocks=self.store.bad_blocks,
             clock=self._clock.now(),
             version=self._version,
+            without_store=not self.store.connected,
         )
 
     async def serve(

@@ -29,6 +29,7 @@ NODE_GAUGES = (
     "total_blocks",
     "streams",
     "tasks",
+    "without_store",
 )
 NODE_COUNTERS = ("preemptions", "pulled_bytes", "published_bytes", "bad_blocks")
 STORE_COUNTERS = (
@@ -68,7 +69,7 @@ def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics, probes: Probes,
     async def show_nodes(request: web.Request) -> web.Response:
         stats = await store.stats()
         told = {
-            "missing": probes.missing(),
+            "missing": await probes.missing(addresses=True),
             "conflicts": list(conflicts(nodes)),
             "router": {"tasks": len(asyncio.all_tasks())},
             "nodes": [describe(node) for node in nodes.all],
@@ -78,7 +79,7 @@ def admin_app(nodes: Nodes, store: BlockStore, metrics: Metrics, probes: Probes,
 
     app = web.Application(middlewares=[guard(limits, None)])
     app[INDEX] = "/"
-    handlers = (show_metrics, show_nodes, probes.health, probes.ready)
+    handlers = (show_metrics, show_nodes, probes.health, probes.ready_for_operators)
     for path, handler in zip(("/", *PAGES), (show_index, *handlers), strict=True):
         app.router.add_get(path, handler)
     return app
@@ -115,6 +116,9 @@ class Scrape(Collector):
                     family.add_metric([node.role, node.address], float(getattr(node.status, name)))
             families.append(family)
         families.append(GaugeMetricFamily("kvferry_store_up", "Whether the store answers", float(bool(self._stats))))
+        if self._stats and self._stats.directory != "none":
+            up, told = self._stats.directory == "up", "Whether the directory (Redis) answers the store"
+            families.append(GaugeMetricFamily("kvferry_store_directory_up", told, float(up)))
         for name, value in (msgspec.structs.asdict(self._stats) if self._stats else {}).items():
             if isinstance(value, int):
                 kind = CounterMetricFamily if name in STORE_COUNTERS else GaugeMetricFamily

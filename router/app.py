@@ -57,7 +57,7 @@ async def serve(config: RouterConfig, limits: Limits, notifier: Notifier, stop: 
         notifier.progress("tokenizer", 0, 0)
         await models.load(config.model, config.revision)
     flow = Flow(config, nodes, models, store, metrics, clock)
-    probes = Probes(models, lambda: store.connected)
+    probes = Probes(models, store.stats)
     front = Front(config, limits, models, tenants, flow, metrics, probes)
     front.take_tenants(tenants.now)
     runners = []

@@ -17,6 +17,10 @@ from kvferry.router.placement import least_loaded
 from kvferry.router.text import Tokenizer, load_tokenizer
 
 AGAIN_S = 30.0  # after which what could not be loaded is tried again
+WITHOUT_STORE = {
+    "prefill": "what it computes would be computed again by decode, so it is given nothing",
+    "decode": "what others compute does not come there, so it computes its prompts itself",
+}
 
 log = logging.getLogger(__name__)
 
@@ -185,17 +189,25 @@ class Models:
             return missing
         return "the tokenizer of no decode node's model is loaded"
 
-    def absent(self) -> Iterator[str]:
-        """Each worker that this router was told of and that is not there, and each model that was announced and
-        is not served while others are, for a person. Workers go by their places in the configuration: addresses are
-        not for everybody, and stand in the log."""
+    def absent(self, addresses: bool = False) -> Iterator[str]:
+        """Each worker that this router was told of and that is not there or not of full use, and each model that was
+        announced and is not served while others are, for a person. Without `addresses`, which are not for everybody,
+        workers go by their places in the configuration."""
+        which = {}
         for nodes in (self._nodes.prefill, self._nodes.decode):
             for number, node in enumerate(nodes, start=1):
-                which = f"{node.role} node {number} of {len(nodes)}"
-                if not node.ready:
-                    yield f"{which} is not ready" + (f": {node.problem}" if node.problem else "")
-                elif node.role == "decode" and not self.can_be_served(node):
-                    yield f"the tokenizer of {node.model.name}, which {which} runs, is not loaded"
+                its = f"at {node.address}" if addresses else f"{number} of {len(nodes)}"
+                which[node] = f"{node.role} node {its}"
+        for node, it in which.items():
+            if not node.ready:
+                yield f"{it} is not ready" + (f": {node.problem}" if node.problem else "")
+                continue
+            if node.role == "decode" and not self.can_be_served(node):
+                yield f"the tokenizer of {node.model.name}, which {it} runs, is not loaded"
+            if node.without_store and self._nodes.prefill:
+                yield f"{it} has no store: {WITHOUT_STORE[node.role]}"
+        for prefill, decode, why in self._nodes.unmatched():
+            yield f"{which[decode]} has no use for the KV of {which[prefill]}: {why}"
         served = {name for name, _, _ in self.up()}
         for name in sorted(set(self._known()) - served if served else ()):
             yield f"no decode node serves {name}"

@@ -75,6 +75,11 @@ class Node:
         return self.link.ready and not self.status.draining
 
     @property
+    def without_store(self) -> bool:
+        """Whether no block comes to or from it, as it said last."""
+        return self.status is not None and self.status.without_store
+
+    @property
     def problem(self) -> str:
         """Why it and this router cannot speak, or not with the newest certificates, for a person; empty if they can,
         or if it is just not there."""
@@ -116,15 +121,29 @@ def difference(one: Node, other: Node) -> str:
 
 
 async def patiently(read: Awaitable[T]) -> T:
-    """What is read. Raises TimeoutError for who was silent for `SILENT_S` in which it could have been heard."""
-    reading = asyncio.ensure_future(read)
+    """What is read. Raises TimeoutError for who was silent for `SILENT_S` in which it could have been heard.
+
+    Nothing of it outlives its end, also where that is an exception that somebody keeps: gRPC has a connection open for as
+    long as there is one of its calls.
+    """
+    loop = asyncio.get_running_loop()
+    left = round(SILENT_S / LOOK_S)
     try:
-        for _ in range(round(SILENT_S / LOOK_S)):
-            if (await asyncio.wait([reading], timeout=LOOK_S))[0]:
-                return reading.result()
-        raise TimeoutError
+        async with asyncio.timeout(None) as limit:
+
+            def look() -> None:
+                nonlocal left, alarm
+                left -= 1
+                if left:
+                    alarm = loop.call_later(LOOK_S, look)
+                else:
+                    limit.reschedule(loop.time())
+
+            alarm = loop.call_later(LOOK_S, look)
+            return await read
     finally:
-        reading.cancel()
+        alarm.cancel()
+        del alarm, limit, look, read
 
 
 class Nodes:
@@ -295,9 +314,16 @@ class Nodes:
         node.status = None
 
     def partners(self, decode: Node) -> list[Node]:
-        """The prefill nodes that are ready and whose KV this decode node can use. Others are logged, once, with the
-        difference."""
-        partners = []
+        """The prefill nodes that are ready and whose KV can come to this decode node, which without a store at both
+        ends it cannot: what they fill would be computed again."""
+        if decode.without_store:
+            return []
+        return [node for node in self._matching(decode) if not node.without_store]
+
+    def _matching(self, decode: Node) -> list[Node]:
+        """The prefill nodes that are ready and whose KV is of use to this decode node. Others are logged, once, with
+        the difference."""
+        matching = []
         for node in self.prefill:
             if not node.ready or node.model.name != decode.model.name:
                 continue
@@ -307,8 +333,17 @@ class Nodes:
                     self._refused.add(refusal)
                     log.error(refusal)
                 continue
-            partners.append(node)
-        return partners
+            matching.append(node)
+        return matching
+
+    def unmatched(self) -> Iterator[tuple[Node, Node, str]]:
+        """Each prefill node that no ready decode node can use, beside the first that runs what is called the same, and
+        why not."""
+        ready = [node for node in self.decode if node.ready]
+        for node in self.prefill:
+            of_name = [one for one in ready if node.ready and one.model.name == node.model.name]
+            if of_name and all(difference(node, one) for one in of_name):
+                yield node, of_name[0], difference(node, of_name[0])
 
     async def wait_for(self, found: Callable[[], bool], seconds: float) -> bool:
         """Wait until `found()`, looked at whenever a node's status changes; False when time is up."""
@@ -327,6 +362,6 @@ class Nodes:
         ready = [node for node in self.decode if node.ready]
         if not ready:
             return "no decode node is ready"
-        if self.prefill and not any(self.partners(node) for node in ready):
+        if self.prefill and not any(self._matching(node) for node in ready):
             return "no prefill node is ready for a decode node"
         return ""

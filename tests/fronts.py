@@ -49,12 +49,19 @@ def another(**fields: object) -> pb.WorkerStatus:
 
 
 class AStore:
-    """One that can be away."""
+    """One that can be away, or hang."""
 
     there = True
+    directory, peers_away = "none", 0
+
+    def __init__(self) -> None:
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def stats(self) -> StoreStats | None:
-        return StoreStats(slots=3) if self.there else None
+        await self.answers.wait()
+        told = StoreStats(slots=3, directory=self.directory, peers_away=self.peers_away)
+        return told if self.there else None
 
 
 @dataclass
@@ -81,7 +88,7 @@ def with_house(
         nodes, metrics, store = Nodes(config.prefill, config.decode), Metrics(), AStore()
         models, bounds = Models(nodes, own_defaults=False), limits or Limits()
         models.add("place", TextSide(Tokenizer(byte_tokenizer()), NO_DEFAULTS))
-        flow, probes = Flow(config, nodes, models, None, metrics, MonotonicClock()), Probes(models, lambda: store.there)
+        flow, probes = Flow(config, nodes, models, None, metrics, MonotonicClock()), Probes(models, store.stats)
         front = Front(config, bounds, models, tenants or LiveTenants(None), flow, metrics, probes)
         apps = (front.app(), admin_app(nodes, store, metrics, probes, bounds))
         runners = [await listen(app, "127.0.0.1", 0, bounds) for app in apps]

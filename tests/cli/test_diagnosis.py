@@ -77,6 +77,10 @@ WRONG = {
         {"routers": [replace(ROUTER, missing=["no prefill node is ready", "the store is gone"])]},
         ("router", "no prefill node is ready; the store is gone", "start what is missing"),
     ),
+    "worker without a store": (
+        {"workers": [PREFILL, replace(DECODE, without_store=True)]},
+        ("store", "it has no store: no block comes to it or from it", "see in its log why"),
+    ),
     "role": (
         {"workers": [replace(PREFILL, problem="its certificate is that of decode, not of prefill")]},
         ("worker", "its certificate is that of decode", "give its address as that of its own role"),

@@ -20,7 +20,8 @@ def back(cluster: Cluster, role: str, pid: int) -> None:
         told = cluster.nodes()
         nodes = [node for node in told["nodes"] if node["role"] == role]
         connections = told["store"]["connections"] if told["store"] else 0
-        return all(node["ready"] for node in nodes) and connections == 1 + len(told["nodes"])
+        stored = not any(node["without_store"] for node in told["nodes"] if node["ready"])
+        return all(node["ready"] for node in nodes) and connections == 1 + len(told["nodes"]) and stored
 
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 5, "dead")
     until(there, 30, f"{role} back")
@@ -74,11 +75,17 @@ class TestDeadWorkers:
         boot = cluster.store()["boot_id"]
         assert cluster.http.get("/ready").json() == {"status": "ready"}
         store.kill()
-        told = until(lambda: cluster.http.get("/ready").json().get("missing"), 5, "told")
+        lost = "the store node does not answer; until it is back, prompts are computed instead of found"
+        until(lambda: lost in cluster.http.get("/ready").json().get("missing", []), 5, "told")
         assert cluster.http.get("/ready").status_code == 200
-        assert told == ["the store node does not answer; until it is back, prompts are computed instead of found"]
+        until(lambda: all(node["without_store"] for node in cluster.nodes()["nodes"]), 5, "seen by every worker")
+        told = cluster.http.get("/ready").json()["missing"]
+        assert [one.partition(":")[0] for one in told] == [
+            "prefill node 1 of 1 has no store", "decode node 1 of 1 has no store", lost]  # fmt: skip
         for asked in (prompt, prompts.tokens(150)):
-            assert oracle.refuses(asked, cluster.ask(asked).token_ids) == ""
+            reply = cluster.ask(asked)
+            assert oracle.refuses(asked, reply.token_ids) == ""
+            assert reply.account["computed"]["prefill"] == reply.account["recomputed"] == 0, "it was computed twice"
         back(cluster, "store", store.pid)
         assert cluster.store()["boot_id"] != boot
         assert cluster.http.get("/ready").json() == {"status": "ready"}

@@ -4,11 +4,12 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from fronts import another
 
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.router.accounting import Metrics, Record
 from kvferry.router.handover import Handover
-from kvferry.router.nodes import Node
+from kvferry.router.nodes import Node, Nodes
 from kvferry.router.placement import best_prefill, place, wait_s
 
 PREFIXES = [[bytes([i]) * 32] for i in range(64)]
@@ -44,6 +45,20 @@ def test_a_prefix_has_a_home_although_rates_differ_a_little():
     first, again = in_loop(homes)
     assert first == again
     assert 16 < sum(first) < 48, "both nodes are home to about half of the prefixes"
+
+
+@pytest.mark.parametrize(("stores", "filling"), [("yyy", "01"), ("ynn", ""), ("yny", "1"), ("nyy", "")])
+def test_who_has_no_store_fills_nothing_and_nothing_is_filled_for_it(stores, filling):
+    """The decode node's first, then those of two prefill nodes."""
+
+    def chosen():
+        there = Nodes(("unix:/p0", "unix:/p1"), ("unix:/d",))
+        for node, has in zip((*there.decode, *there.prefill), stores, strict=True):
+            node.status, node.subscription.open = another(without_store=has == "n"), True
+        assert there.missing() == "", "decode computes by itself"
+        return "".join(node.address[-1] for node in there.partners(there.decode[0]))
+
+    assert in_loop(chosen) == filling
 
 
 def test_a_home_that_is_clearly_busier_is_left():
