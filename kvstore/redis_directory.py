@@ -11,6 +11,7 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from kvferry.common.clock import Clock, MonotonicClock
+from kvferry.common.hashing import SEGMENT
 from kvferry.kvstore.announcements import Announcements
 from kvferry.kvstore.breaker import Breaker
 from kvferry.kvstore.directory import CLAIM_S, HINT_S, PLACES, Holder, Key, State, place_of
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 BUDGET_S = 0.05
 LATE_S = 0.01  # a budget whose end is noticed so much later, or of which Redis had less than half, is no fault of Redis
 CONNECT_S = 2.0
+SMALL = SEGMENT  # names; a call about more that takes too long is no fault of Redis
 CALLS_AT_ONCE = 8
 BATCH = 256  # announcements in one round trip
 HINT_MS, CLAIM_MS = int(HINT_S * 1000), int(CLAIM_S * 1000)
@@ -34,7 +36,7 @@ class RedisDirectoryStats(msgspec.Struct, frozen=True):
     """Since the start, unless said otherwise.
 
     `open`: at the moment, calls are skipped. `errors` by kind; of them `timeout` is Redis not answering in time, and
-    `busy` this process not coming to it. `announcements_waiting`: at the moment.
+    `busy` this process not coming to it or asking for much. `announcements_waiting`: at the moment.
     """
 
     open: bool
@@ -99,7 +101,7 @@ class RedisDirectory:
                     found += self._decode.holders(reply)
             return found
 
-        return await self._call(locate, [()] * len(keys)) if keys else []
+        return await self._call(locate, [()] * len(keys), small=len(keys) <= SMALL) if keys else []
 
     async def claim(self, key: Key, *, instead_of: Holder | None = None) -> Holder | None:
         """One round trip; two more where a claim is overwritten."""
@@ -185,19 +187,19 @@ class RedisDirectory:
         owner = self._decode.holder(taker if untouched else now)
         return owner if owner != self._me else None
 
-    async def _call(self, ask: Callable[[Pipe], Awaitable[T]], otherwise: T) -> T:
+    async def _call(self, ask: Callable[[Pipe], Awaitable[T]], otherwise: T, small: bool = True) -> T:
         """What `ask` gives within the budget, or else `otherwise`. A caller's cancellation does not interrupt it: there
         may be half an answer on the connection."""
         self._counts["calls"] += 1
         if not self._breaker.closed:
             self._counts["skipped"] += 1
             return otherwise
-        call = asyncio.create_task(self._within_budget(ask, otherwise))
+        call = asyncio.create_task(self._within_budget(ask, otherwise, small))
         self._under_way.add(call)
         call.add_done_callback(self._under_way.discard)
         return await asyncio.shield(call)
 
-    async def _within_budget(self, ask: Callable[[Pipe], Awaitable[T]], otherwise: T) -> T:
+    async def _within_budget(self, ask: Callable[[Pipe], Awaitable[T]], otherwise: T, small: bool) -> T:
         now = asyncio.get_running_loop().time
         pipe, asked = None, now() + BUDGET_S  # not yet
         try:
@@ -206,7 +208,7 @@ class RedisDirectory:
                     asked = now()
                     return await ask(pipe)
         except TimeoutError as error:
-            if budget.when() - asked < BUDGET_S / 2 or now() - budget.when() > LATE_S:
+            if not small or budget.when() - asked < BUDGET_S / 2 or now() - budget.when() > LATE_S:
                 self._errors["busy"] += 1
             else:
                 self._saw(error, pipe)
