@@ -129,6 +129,11 @@ class Stream:
         return self.reply
 
 
+def shared_memory() -> set[str]:
+    """What lies in /dev/shm, but for locks, which other programs of this machine make and drop all the time."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sem.", "pym-"))}
+
+
 class Cluster:
     """One `kvferry serve`. `flags` are its own; `command` is what is run instead of the console script."""
 
@@ -149,7 +154,7 @@ class Cluster:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> "Cluster":
-        self._shm = set(os.listdir("/dev/shm"))
+        self._shm = shared_memory()
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._env, start_new_session=True
@@ -191,7 +196,7 @@ class Cluster:
         assert not alive, f"still there after {STOP_S} s: {alive}"
         assert code == 0, f"kvferry serve ended with {code}"
         assert not self.folder.exists()
-        assert set(os.listdir("/dev/shm")) <= self._shm
+        assert shared_memory() <= self._shm
 
     def kill(self) -> None:
         """End everything at once, whatever its state."""
