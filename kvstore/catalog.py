@@ -4,15 +4,16 @@ A block is a candidate for eviction when no lease pins it and no committed block
 among candidates; this module sees to it that it knows exactly those.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import msgspec
 
 from kvferry.common.hashing import BlockName
 from kvferry.common.store_api import Located, MissReason
 from kvferry.kvstore.eviction import EvictionPolicy
-from kvferry.kvstore.slots import SlotTable
+from kvferry.kvstore.slots import SlotTable, in_steps
 
 MAX_GHOSTS = 65536  # names that were here once, kept to tell why they are not
 
@@ -45,6 +46,7 @@ class Catalog:
         self._table = table
         self._policy = policy
         self._blocks: dict[BlockName, Committed] = {}
+        self._names: dict[str, set[BlockName]] = {}  # of each tenant that has blocks here
         self._orphans: dict[BlockName, int] = {}  # committed children of parents that are not here
         self._ghosts: OrderedDict[BlockName, MissReason] = OrderedDict()
         self._leaving: dict[int, Committed] = {}  # erased while leased, by slot
@@ -71,6 +73,9 @@ class Catalog:
         """A new block, whose slot the table has committed."""
         self._ghosts.pop(block.name, None)
         self._blocks[block.name] = block
+        if (names := self._names.get(block.tenant)) is None:
+            names = self._names[block.tenant] = set()
+        names.add(block.name)
         block.children = self._orphans.pop(block.name, 0)
         parent = self._blocks.get(block.parent)
         if parent is None:
@@ -99,6 +104,10 @@ class Catalog:
             else:
                 self._refresh(block)
 
+    def grew(self, tenant: str) -> None:
+        """The table has granted slots to `tenant`."""
+        self._policy.grew(tenant, self._table.held[tenant])
+
     def evict_for(self, tenant: str) -> bool:
         """Free one slot for `tenant`, if the policy finds a victim."""
         name = self._policy.victim(tenant, self._table.held, self._table.slots)
@@ -120,7 +129,7 @@ class Catalog:
 
     def erase(self, tenant: str) -> int:
         """Take all blocks of a tenant out; how many. The slots of leased ones follow when their leases end."""
-        blocks = [block for block in self._blocks.values() if block.tenant == tenant]
+        blocks = [self._blocks[name] for name in self._names.get(tenant, ())]
         for block in blocks:
             self._remove(block, MissReason.EVICTED)
             if block.pins:
@@ -129,30 +138,57 @@ class Catalog:
                 self._table.evict(block.slot)
         return len(blocks)
 
-    def check_integrity(self, pins: dict[int, int]) -> None:
-        """`pins`: how many leases hold each block, by `id(block)`. Raises RuntimeError."""
-        blocks = self._blocks
-        self._table.check_integrity([*(block.slot for block in blocks.values()), *self._leaving])
-        if any(block.pins < 1 or block.pins != pins.get(id(block), 0) for block in self._leaving.values()):
-            raise RuntimeError("an erased block stays in its slot for no lease")
-        if blocks.keys() & self._ghosts.keys() or len(self._ghosts) > MAX_GHOSTS:
-            raise RuntimeError("a committed name is remembered as gone, or too many are")
-        children: dict[BlockName, int] = {}
-        for name, block in blocks.items():
-            children[block.parent] = children.get(block.parent, 0) + 1
-            if name != block.name or self._table.committed[block.slot] != block.tenant:
-                raise RuntimeError("a block is filed under another name or tenant")
-            if block.pins != pins.get(id(block), 0):
-                raise RuntimeError(f"a block counts {block.pins} leases; {pins.get(id(block), 0)} hold it")
-        counted = {block.name: block.children for block in blocks.values() if block.children}
-        if children != counted | self._orphans or counted.keys() & self._orphans.keys():
+    def checking(self, pins: dict[int, int]) -> Iterator[None]:
+        """A check in steps. `pins`: how many leases hold each block, by `id(block)`. Raises RuntimeError."""
+        blocks, table = self._blocks, self._table
+        yield from table.checking(chain((block.slot for block in blocks.values()), self._leaving))
+        for some in in_steps(self._leaving.values()):
+            if any(block.pins < 1 or block.pins != pins.get(id(block), 0) for block in some):
+                raise RuntimeError("an erased block stays in its slot for no lease")
+            yield
+        for names in in_steps(self._ghosts):
+            if any(name in blocks for name in names) or len(self._ghosts) > MAX_GHOSTS:
+                raise RuntimeError("a committed name is remembered as gone, or too many are")
+            yield
+        candidates = []
+        children: Counter[BlockName] = Counter()  # those met, less those counted, where that is not zero
+        for some in in_steps(blocks.items()):
+            for name, block in some:
+                if name != block.name or table.committed[block.slot] != block.tenant:
+                    raise RuntimeError("a block is filed under another name or tenant")
+                if block.pins != pins.get(id(block), 0):
+                    raise RuntimeError(f"a block counts {block.pins} leases; {pins.get(id(block), 0)} hold it")
+                if block.candidate != (not block.pins and not block.children):
+                    raise RuntimeError("a block that may not go is a candidate for eviction, or one that may is not")
+                if block.candidate:
+                    candidates.append(name)
+                for parent, difference in ((name, -block.children), (block.parent, 1)):
+                    children[parent] += difference
+                    if not children[parent]:
+                        del children[parent]
+            yield
+        for some in in_steps(self._orphans.items()):
+            if any(parent in blocks or children.pop(parent, 0) != count for parent, count in some):
+                raise RuntimeError("children are miscounted")
+            yield
+        if children:
             raise RuntimeError("children are miscounted")
-        if any(block.candidate != (not block.pins and not block.children) for block in blocks.values()):
-            raise RuntimeError("a block that may not go is a candidate for eviction, or one that may is not")
-        self._policy.check_integrity(block.name for block in blocks.values() if block.candidate)
+        found = 0
+        for some in in_steps((tenant, name) for tenant, names in self._names.items() for name in names):
+            found += len(some)
+            if any(name not in blocks or blocks[name].tenant != tenant for tenant, name in some):
+                raise RuntimeError("a tenant is said to have a block that is not here, or not its own")
+            yield
+        if found != len(blocks) or not all(self._names.values()):
+            raise RuntimeError(f"the tenants have {found} blocks; {len(blocks)} are here")
+        yield from self._policy.checking(candidates, table.held)
 
     def _remove(self, block: Committed, reason: MissReason) -> None:
         del self._blocks[block.name]
+        names = self._names[block.tenant]
+        names.remove(block.name)
+        if not names:
+            del self._names[block.tenant]
         if block.children:
             self._orphans[block.name], block.children = block.children, 0
         self._refresh(block)

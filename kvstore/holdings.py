@@ -1,10 +1,13 @@
 """What a connection to the index holds: leases on blocks that are there, and names that it computes or brings."""
 
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
 import msgspec
 
 from kvferry.common.hashing import BlockName
 from kvferry.kvstore.catalog import Committed
-from kvferry.kvstore.slots import Writing
+from kvferry.kvstore.slots import Writing, in_steps
 
 COUNTERS = (
     "published",
@@ -49,3 +52,30 @@ class Pending(msgspec.Struct, eq=False):
     tenant: str
     lease: Lease
     writing: Writing | None = None
+
+
+def checking(
+    connections: Mapping[int, Connection], pending: Mapping[BlockName, Pending], writing: Mapping[int, Writing]
+) -> Iterator[None]:
+    """A check, in steps, of what the connections hold against the names that are pending and the slots in writing, by
+    name and by slot. Raises RuntimeError."""
+    owned, writes = 0, Counter(one.owner for one in writing.values())
+    for number, connection in connections.items():
+        reserved = 0
+        for leases in in_steps(connection.leases.values()):
+            for lease in leases:
+                reserved += len(lease.pending)
+                for one in lease.pending.values():
+                    if pending.get(one.name) is not one:
+                        raise RuntimeError("the leases and the index disagree on what is being computed")
+                    if one.writing is not None and writing.get(one.writing.slot) is not one.writing:
+                        raise RuntimeError("a name is being written to a slot that is not in writing")
+            yield
+        if connection.reserved != reserved or connection.writing != writes[number]:
+            raise RuntimeError(
+                f"connection {number} counts {connection.reserved} reserved and {connection.writing} writing; "
+                f"it has {reserved} and {writes[number]}"
+            )
+        owned += reserved
+    if owned != len(pending):
+        raise RuntimeError("the leases and the index disagree on what is being computed")

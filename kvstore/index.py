@@ -8,17 +8,19 @@ a reservation) and holds the names reserved under it.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import eq
 
 from kvferry.common.clock import Clock
 from kvferry.common.hashing import BlockName, Span
 from kvferry.common.store_api import Claim, Located, Match, MissReason, Reservation, StoreStats
+from kvferry.kvstore import holdings
 from kvferry.kvstore.catalog import Catalog, Committed
 from kvferry.kvstore.directory import Key
 from kvferry.kvstore.eviction import EvictionPolicy
 from kvferry.kvstore.holdings import COUNTERS, Connection, Lease, Pending
 from kvferry.kvstore.protocol import MAX_NAMES, CommitOutcome, ProtocolError, Written
-from kvferry.kvstore.slots import SlotTable, Writing
+from kvferry.kvstore.slots import SlotTable, Writing, in_steps
 
 
 class Index:
@@ -50,6 +52,7 @@ class Index:
 
     def divide(self, slots: int, block_bytes: int) -> None:
         """Say, once, how many slots the arena has. Before that there is nothing to grant and nothing to find."""
+        self.changes += 1
         self._table.divide(slots)
         self._block_bytes = block_bytes
 
@@ -57,6 +60,7 @@ class Index:
 
     def connect(self, *, bringing: bool = False) -> int:
         self.tick()
+        self.changes += 1
         self._serial += 1
         self._connections[self._serial] = Connection(self._clock.now() + self._lease_s, bringing)
         return self._serial
@@ -161,13 +165,13 @@ class Index:
 
     def reserve(self, connection: int, span: Span, *, tenant: str) -> Reservation:
         self.tick()
+        if any(map(eq, span.names, (span.parent, *span.names))):  # before anything is reserved
+            raise ProtocolError("a block cannot be its own parent")
         owner = self._connections[connection]
         number, lease = self._new_lease(connection)
         claims = []
         parent = span.parent
         for name, anchor in zip(span.names, span.anchors(), strict=True):
-            if name == parent:
-                raise ProtocolError("a block cannot be its own parent")
             if (block := self._catalog.get(name)) is not None:
                 self._catalog.pin((block,), self._clock.now())
                 lease.pinned.append(block)
@@ -205,7 +209,7 @@ class Index:
         held = owner.leases.get(lease)
         claims: list[Claim] = []
         slots: list[int | None] = []
-        going = True
+        going, grown = True, None
         for name in names:
             pending = None if held is None else held.pending.get(name)
             mine = pending is not None and pending.writing is None
@@ -216,6 +220,7 @@ class Index:
             elif going and mine and self._make_room(owner, pending.tenant):
                 pending.writing = self._table.grant(name, pending.tenant, connection)
                 owner.writing += 1
+                grown = pending.tenant  # the same for all names of a lease
                 claims.append(Claim.GRANTED)
                 slots.append(pending.writing.slot)
             else:
@@ -225,6 +230,8 @@ class Index:
                     self._withdraw(pending)
                 claims.append(Claim.REFUSED)
                 slots.append(None)
+        if grown is not None:
+            self._catalog.grew(grown)
         self.changes += 1
         return tuple(claims), tuple(slots)
 
@@ -302,27 +309,22 @@ class Index:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError at the first thing that does not hold."""
-        pins: dict[int, int] = {}
-        pending: list[Pending] = []
-        for number, connection in self._connections.items():
-            owned = [p for lease in connection.leases.values() for p in lease.pending.values()]
-            writing = sum(writing.owner == number for writing in self._table.writing.values())
-            if connection.reserved != len(owned) or connection.writing != writing:
-                raise RuntimeError(
-                    f"connection {number} counts {connection.reserved} reserved and {connection.writing} writing; "
-                    f"it has {len(owned)} and {writing}"
-                )
-            pending += owned
-            for lease in connection.leases.values():
-                for block in lease.pinned:
-                    pins[id(block)] = pins.get(id(block), 0) + 1
-        self._catalog.check_integrity(pins)
-        if len(pending) != len(self._pending) or any(self._pending.get(p.name) is not p for p in pending):
-            raise RuntimeError("the leases and the index disagree on what is being computed")
-        if any(p.writing is not None and self._table.writing.get(p.writing.slot) is not p.writing for p in pending):
-            raise RuntimeError("a name is being written to a slot that is not in writing")
-        if any(p.name in self._catalog for p in pending):
-            raise RuntimeError("a name is committed and being computed at once")
+        for _ in self.checking():
+            pass
+
+    def checking(self) -> Iterator[None]:
+        """The same, in steps that are short however many blocks are here. Give it up once `changes` has grown."""
+        yield from holdings.checking(self._connections, self._pending, self._table.writing)
+        pins: Counter[int] = Counter()
+        leases = (lease for connection in self._connections.values() for lease in connection.leases.values())
+        for some in in_steps(block for lease in leases for block in lease.pinned):
+            pins.update(map(id, some))
+            yield
+        yield from self._catalog.checking(pins)
+        for names in in_steps(self._pending):
+            if any(name in self._catalog for name in names):
+                raise RuntimeError("a name is committed and being computed at once")
+            yield
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -351,6 +353,7 @@ class Index:
         del self._pending[pending.name], pending.lease.pending[pending.name]
         pending.lease.connection.reserved -= 1
         self._settled.append(pending.name)
+        self.changes += 1
 
     def _make_room(self, owner: Connection, tenant: str) -> bool:
         """Whether `owner` may write one more slot and one is free, by eviction if need be. What is brought here is not

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 HELLO_S = 5.0  # a connection that has not said hello by then is closed
 QUIET_S = 1.0  # so long without a change, and the index checks itself
 CHECK_EVERY_S = 5.0  # but not more often than this
-CHECK_MOST = 20_000  # slots; a check of more would hold requests up
 
 
 async def serve(config: StoreConfig, notifier: Notifier, stop: asyncio.Event) -> None:
@@ -128,8 +127,11 @@ class Node:
                 log.info("other stores reach it at %s", self._config.address)
             tasks.append(asyncio.create_task(self._accept(listener, self._serve_peer)))
             tasks.append(asyncio.create_task(self._keep_house()))
+            tasks.append(asyncio.create_task(self._check_when_quiet()))
             ready()
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                log.info("ending")
         finally:
             if outside is not None:
                 outside.close()
@@ -151,34 +153,38 @@ class Node:
             task.add_done_callback(self._connections.discard)
 
     async def _keep_house(self) -> None:
-        """Let silent connections lapse, reclaim slots, and check the index when nothing happens."""
-        step = min(0.25, self._config.lease_s / 4)
-        changes, checked = self._index.changes, -1
-        changed_at = checked_at = self._clock.now()
+        """Let silent connections lapse, and reclaim slots."""
         while True:
-            await asyncio.sleep(step)
+            await asyncio.sleep(min(0.25, self._config.lease_s / 4))
             self._index.tick()
             self._waiters.wake()
             if self._network is not None:
                 self._network.tick()
-            now = self._clock.now()
-            if self._index.changes != changes:
-                changes, changed_at = self._index.changes, now
-            elif (
-                self._slots <= CHECK_MOST
-                and changes != checked
-                and now - changed_at >= QUIET_S
-                and now - checked_at >= CHECK_EVERY_S
-            ):
-                self._check()
-                checked, checked_at = changes, self._clock.now()
 
-    def _check(self) -> None:
+    async def _check_when_quiet(self) -> None:
+        """Check the index when nothing happens, once after each change."""
+        checked = -1
+        while True:
+            changes = self._index.changes
+            await asyncio.sleep(QUIET_S)
+            if self._index.changes == changes != checked:
+                if await self._check():
+                    checked = changes
+                await asyncio.sleep(CHECK_EVERY_S)
+
+    async def _check(self) -> bool:
+        """Check the index in steps, between which requests are answered. Whether it was checked whole: not if it
+        changed."""
+        changes = self._index.changes
         try:
-            self._index.check_integrity()
+            for _ in self._index.checking():
+                await asyncio.sleep(0)
+                if self._index.changes != changes:
+                    return False
         except RuntimeError:
             log.critical("the index is damaged; ending, so that nothing wrong is served", exc_info=True)
             raise
+        return True
 
     # -- one connection ------------------------------------------------------------------------------------------
 
@@ -194,7 +200,8 @@ class Node:
             reader, writer = await asyncio.open_unix_connection(sock=peer)  # it owns the socket from here on
         except (ProtocolError, EOFError, OSError) as error:
             peer.close()
-            log.info("a connection ended before its hello was answered: %r", error)
+            why = f"none came within {HELLO_S:g} s" if isinstance(error, TimeoutError) else error
+            log.info("a connection ended before its hello was answered: %s", why)
             return
         except BaseException:
             peer.close()

@@ -6,7 +6,9 @@ socket closed.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import TypeVar
 
 import msgspec
 
@@ -14,6 +16,9 @@ from kvferry.common.hashing import BlockName
 
 MAX_QUARANTINED = 64
 ORPHAN_S = 1.0  # a slot is used again so long after its writer's socket closed
+STEP = 1024  # things that one step of a check looks at
+
+Thing = TypeVar("Thing")
 
 
 class Writing(msgspec.Struct):
@@ -23,6 +28,13 @@ class Writing(msgspec.Struct):
     name: BlockName
     tenant: str
     owner: int | None
+
+
+def in_steps(things: Iterable[Thing]) -> Iterator[list[Thing]]:
+    """The things, in order, as many at a time as one step of a check looks at."""
+    rest = iter(things)
+    while some := list(islice(rest, STEP)):
+        yield some
 
 
 class SlotTable:
@@ -88,21 +100,41 @@ class SlotTable:
         if len(self.quarantined) > min(MAX_QUARANTINED, max(1, self.slots // 8)):
             self.free.append(self.quarantined.popleft())
 
-    def check_integrity(self, committed: Iterable[int]) -> None:
-        """`committed`: the slots that the index believes to be committed. Raises RuntimeError."""
-        states = [*self.free, *self.writing, *self.committed, *self.quarantined]
-        if len(states) != self.slots or len(set(states)) != self.slots:
-            raise RuntimeError(
-                f"slots are not a partition: {len(self.free)} free + {len(self.writing)} writing + "
-                f"{len(self.committed)} committed + {len(self.quarantined)} quarantined, {self.slots} in all"
-            )
-        if sorted(committed) != sorted(self.committed):
+    def checking(self, committed: Iterable[int]) -> Iterator[None]:
+        """A check in steps. `committed`: the slots that the index believes to be committed. Raises RuntimeError."""
+        met = bytearray(self.slots)
+        for slots in in_steps(chain(self.free, self.writing, self.committed, self.quarantined)):
+            for slot in slots:
+                if not 0 <= slot < self.slots or met[slot]:
+                    raise RuntimeError(self._no_partition())
+                met[slot] = 1
+            yield
+        if 0 in met:
+            raise RuntimeError(self._no_partition())
+        left = len(self.committed)
+        for slots in in_steps(committed):
+            for slot in slots:
+                left -= met[slot]
+                if slot not in self.committed or not met[slot]:
+                    raise RuntimeError("the index and the slot table disagree on which slots are committed")
+                met[slot] = 0
+            yield
+        if left:
             raise RuntimeError("the index and the slot table disagree on which slots are committed")
-        held = Counter(self.committed.values()) + Counter(writing.tenant for writing in self.writing.values())
+        held = Counter(writing.tenant for writing in self.writing.values())
+        for tenants in in_steps(self.committed.values()):
+            held.update(tenants)
+            yield
         if held != self.held or 0 in self.held.values():
             raise RuntimeError("slots held by each tenant are miscounted")
         if {slot for _, slot in self._orphans} != {w.slot for w in self.writing.values() if w.owner is None}:
             raise RuntimeError("slots without an owner are not those that wait to be reclaimed")
+
+    def _no_partition(self) -> str:
+        return (
+            f"slots are not a partition: {len(self.free)} free + {len(self.writing)} writing + "
+            f"{len(self.committed)} committed + {len(self.quarantined)} quarantined, {self.slots} in all"
+        )
 
     def _drop(self, tenant: str) -> None:
         self.held[tenant] -= 1

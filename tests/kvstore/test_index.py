@@ -2,12 +2,14 @@
 
 import hypothesis.strategies as st
 import pytest
+from counting import bytecodes
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from spans import span
 
 from kvferry.common.clock import ManualClock
 from kvferry.common.store_api import Claim, MissReason
+from kvferry.kvstore import slots as slots_module
 from kvferry.kvstore.eviction import FairLru
 from kvferry.kvstore.index import Index
 from kvferry.kvstore.protocol import CommitOutcome, ProtocolError, Written
@@ -439,3 +441,129 @@ def test_a_commit_must_be_for_what_was_granted():
     with pytest.raises(ProtocolError):
         index.commit(connection, got.lease + 1, [written(name, slot)])
     assert index.commit(connection, got.lease, [written(name, slot)]) == (CommitOutcome.COMMITTED,)
+
+
+def test_a_block_that_is_its_own_parent_leaves_nothing_reserved():
+    index = make_index(ManualClock())
+    bringing, other = index.connect(bringing=True), index.connect()
+    a0, a1 = CHAINS[0][:2]
+    for names in ([a0, a1, a1], [ROOT, a0]):
+        with pytest.raises(ProtocolError, match="its own parent"):
+            index.reserve(bringing, span(names), tenant="x")
+    assert (index.stats().reserved, index.stats().leases) == (0, 0)
+    assert index.lookup(other, [a0, a1], lease=True).coming == 0
+    assert index.reserve(other, span([a0, a1]), tenant="x").claims == (Claim.GRANTED,) * 2
+    index.check_integrity()
+
+
+def many(count, tenants=1):
+    """An index full of blocks, each one a chain of its own, of so many tenants in turn; and a connection to it."""
+    index = make_index(ManualClock(), slots=count, writing=count)
+    connection = index.connect()
+    for number in range(count):
+        store(index, connection, f"n{number}", f"t{number % tenants}")
+    return index, connection
+
+
+def store(index, connection, text, tenant):
+    name = text.encode().ljust(32)
+    got = index.reserve(connection, span([name], ROOT), tenant=tenant)
+    _, (slot,) = index.grant(connection, got.lease, [name])
+    index.commit(connection, got.lease, [Written(name, ROOT, slot, b"", SUMS)])
+    index.release(connection, got.lease)
+
+
+def test_a_tenant_is_erased_without_a_look_at_the_others():
+    taken = []
+    for count in (50, 1000):
+        index, connection = many(count)
+        store(index, connection, "mine", "me")
+        taken.append(bytecodes(lambda index=index: index.erase("me")))
+        assert (index.stats().erased, index.stats().committed) == (1, count - 1)
+        index.check_integrity()
+    assert taken[0] == taken[1], "the steps grow with what others have"
+
+
+def steps_of_a_check(index):
+    """The bytecodes of each step."""
+    checking, taken, going = index.checking(), [], True
+
+    def step():
+        nonlocal going
+        going = next(checking, "over") is None
+
+    while going:
+        taken.append(bytecodes(step))
+    return taken
+
+
+@pytest.mark.parametrize("leased", [False, True])
+def test_a_check_goes_in_steps_that_do_not_grow(leased, monkeypatch):
+    """Whether all blocks may be evicted, or none."""
+    monkeypatch.setattr(slots_module, "STEP", 50)
+    longest = []
+    for count in (100, 3000):
+        index, connection = many(count)
+        for number in range(count if leased else 0):
+            index.lookup(connection, [f"n{number}".encode().ljust(32)], lease=True)
+        taken = steps_of_a_check(index)
+        assert len(taken) > count / 50
+        longest.append(max(taken))
+    print("bytecodes of the longest step:", longest)
+    assert longest[1] < 1.2 * longest[0]
+
+
+def damage(index, what):
+    catalog, table = index._catalog, index._table
+    block, other = list(catalog._blocks.values())[-2:]
+    match what:
+        case "pins":
+            block.pins += 1
+        case "children":
+            block.children += 1
+        case "an orphan":
+            catalog._orphans[b"o" * 32] = 1
+        case "the names of a tenant":
+            catalog._names["t0"].remove(block.name)
+        case "the tenant of a name":
+            catalog._names["t1"] = {block.name}
+            catalog._names["t0"].remove(block.name)
+        case "a ghost":
+            catalog._ghosts[block.name] = MissReason.EVICTED
+        case "a candidate":
+            block.candidate = False
+        case "an unknown candidate":
+            catalog._policy.remove(block.name)
+        case "two in one slot":
+            block.located = other.located
+        case "a slot outside":
+            table.free.append(-1)
+        case "a slot that is lost":
+            table.committed.pop(block.slot)
+        case "slots held":
+            table.held["t0"] += 1
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("pins", "a block counts 1 leases; 0 hold it"),
+        ("children", "candidate|children are miscounted"),
+        ("an orphan", "children are miscounted"),
+        ("the names of a tenant", "the tenants have 2 blocks; 3 are here"),
+        ("the tenant of a name", "not its own"),
+        ("a ghost", "remembered as gone"),
+        ("a candidate", "may not go is a candidate"),
+        ("an unknown candidate", "unknown to the eviction policy"),
+        ("two in one slot", "disagree on which slots are committed"),
+        ("a slot outside", "not a partition"),
+        ("a slot that is lost", "not a partition"),
+        ("slots held", "miscounted"),
+    ],
+)
+def test_a_check_sees_damage(what, told):
+    index, _ = many(3)
+    index.check_integrity()
+    damage(index, what)
+    with pytest.raises(RuntimeError, match=told):
+        index.check_integrity()

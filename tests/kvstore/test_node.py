@@ -12,22 +12,70 @@ from kvferry.kvstore import node as node_module
 from kvferry.kvstore import protocol as say
 from kvferry.kvstore.node import Node, listen
 from kvferry.kvstore.protocol import ProtocolError
+from kvferry.kvstore.slots import STEP
 
 NAME = b"n" * 32
 SPAN = Span((NAME,), 0, b"r" * 32, NAME)
 
 
-def test_a_damaged_index_ends_the_node(ground, monkeypatch):
+@pytest.mark.parametrize("slots", [4, 50_000])
+def test_a_damaged_index_ends_the_node(slots, ground, monkeypatch):
     monkeypatch.setattr(node_module, "QUIET_S", 0.05)
     monkeypatch.setattr(node_module, "CHECK_EVERY_S", 0.05)
 
     async def story():
         config = StoreConfig(socket=ground.node(start=False).socket, size_bytes=2**20, lease_s=0.2)
         damaged = Node(config, arena=-1)
-        damaged._index.divide(4, 4096)
+        damaged._index.divide(slots, 4096)
+        damaged._slots = slots
         damaged._index._table.free.append(0)
         with listen(config) as listener, pytest.raises(RuntimeError, match="not a partition"):
             await asyncio.wait_for(damaged.run(listener, asyncio.Event()), 10)
+
+    asyncio.run(story())
+
+
+def test_others_have_a_turn_after_each_step_of_a_check(ground):
+    async def story():
+        node = Node(StoreConfig(socket=ground.node(start=False).socket, size_bytes=2**20), arena=-1)
+        node._index.divide(50_000, 4096)
+        turns = 0
+
+        async def take_turns():
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        others = asyncio.create_task(take_turns())
+        assert await node._check()
+        others.cancel()
+        steps = sum(1 for _ in node._index.checking())
+        assert turns >= steps >= 50_000 / STEP
+
+    asyncio.run(story())
+
+
+def test_a_check_is_given_up_when_the_index_changes(ground):
+    async def story():
+        node = Node(StoreConfig(socket=ground.node(start=False).socket, size_bytes=2**20), arena=-1)
+        index = node._index
+        index.divide(50_000, 4096)
+        connection = index.connect()
+        lease = connection + 1
+        for change in (
+            lambda: index.reserve(connection, SPAN, tenant="t"),
+            lambda: index.withdraw(connection, lease, (NAME,)),
+            lambda: index.release(connection, lease),
+            index.connect,
+        ):
+            checking = asyncio.create_task(node._check())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert not checking.done()
+            change()
+            assert not await checking
+        assert await node._check()
 
     asyncio.run(story())
 
