@@ -154,6 +154,9 @@ class LiveCredentials:
             return None
         self._seen, self._fault = signature, ""
         log.info("the certificate of this %s is another one now, valid until %s", self._role, minute(found.expires))
+        if not certs.trusted(certs.from_pem(found.chain), certs.from_pem(self.now.roots)):
+            log.warning("its CA is another one, for which that of before does not vouch: who still has the old files "
+                        "and this %s refuse each other; copy the new files to every host", self._role)  # fmt: skip
         return found
 
     def warn(self) -> None:

@@ -144,6 +144,32 @@ class TestLive:
         folder.write("router.pem", certs.to_pem([leaf.certificate]))
         assert [bool(live.look()) for _ in range(2)] == [False, True]
 
+    def test_a_ca_that_nobody_vouches_for_is_warned_of(self, live, folder, caplog):
+        """One that the old CA vouches for is not, nor the end of the old one: nobody is refused then."""
+        old, then = folder.ca, NOW - timedelta(hours=1)
+
+        def warnings() -> list[str]:
+            live.look()
+            if (found := live.look()) is not None:
+                live.now = found
+            told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+            caplog.clear()
+            return told
+
+        new = certs.new_authority(then)
+        folder.ca = new
+        folder.trust(new, old)
+        folder.put(folder.issue(), certs.vouch(old, new, NOW))
+        assert warnings() == []
+        folder.trust(new)
+        folder.put(folder.issue())
+        assert warnings() == []
+        folder.ca = certs.new_authority(then)
+        folder.fill()
+        (told,) = warnings()
+        assert "for which that of before does not vouch" in told
+        assert live.now.chain == (folder.path / "router.pem").read_bytes(), "it is taken all the same"
+
     def test_a_file_that_is_gone_changes_nothing(self, live, folder):
         (folder.path / "ca.pem").unlink()
         assert [live.look() for _ in range(3)] == [None] * 3
