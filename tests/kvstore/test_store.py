@@ -415,6 +415,24 @@ def test_a_socket_in_use_is_told_in_words(ground):
     run(story())
 
 
+def test_a_node_tells_in_words_who_did_not_greet_and_that_it_ends(ground, capfd):
+    """Waits for each line to be there before it goes on."""
+    node = ground.node()
+    said = ""
+
+    def line(words: str) -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return words in said
+
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(str(node.socket))
+        caller.sendall(b"\0\0")
+    run(ground.until(lambda: line("before its hello was answered: the connection closed after 2 of 4 bytes")))
+    assert node.terminate() == 0
+    assert line('"message": "ending"') or line('"message":"ending"'), said
+
+
 def test_garbage_harms_nobody(ground):
     async def story():
         node = ground.node()
