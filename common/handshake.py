@@ -5,6 +5,8 @@ import os
 import ssl
 from datetime import UTC, datetime
 
+from cryptography import x509
+
 from kvferry.common import certs
 from kvferry.common.credentials import Credentials, minute
 
@@ -12,6 +14,7 @@ PATIENCE_S = 2.0
 AGAIN_S = 0.3  # who is just ending hangs up, too, and is gone then
 EXPIRED, NOT_YET, PURPOSE = 10, 9, 26  # OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, _CERT_NOT_YET_VALID, _INVALID_PURPOSE
 NO_TLS = "WRONG_VERSION_NUMBER"
+WANTS_CERTIFICATES = "it wants certificates; start this one with --certs, too"
 
 
 async def why_refused(address: str, role: str, credentials: Credentials | None) -> str:
@@ -23,14 +26,39 @@ async def why_refused(address: str, role: str, credentials: Credentials | None) 
     return found if await _look(address, role, credentials) == found else ""
 
 
-async def _look(address: str, role: str, credentials: Credentials | None) -> str:
+async def expiry_at(address: str, role: str, credentials: Credentials) -> datetime | None:
+    """Until when the certificate is valid that a server of `role` shows; None if it shows none. Who does not show it to
+    these credentials is asked without any, which its log tells of."""
+    for shown in (credentials, None):
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                reader, writer = await _open(address, role, shown)
+                try:
+                    theirs = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+                    if shown is not None:
+                        await reader.read(1)  # by then it has taken our certificate, and has nothing to complain of
+                    return x509.load_der_x509_certificate(theirs).not_valid_after_utc
+                finally:
+                    writer.close()
+        except OSError:  # an SSLError or a TimeoutError is one
+            continue
+    return None
+
+
+async def _open(
+    address: str, role: str, credentials: Credentials | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Raises OSError."""
     host, _, port = address.rpartition(":")
-    context = _context(credentials)
+    return await asyncio.open_connection(
+        host.strip("[]"), int(port), ssl=_context(credentials), server_hostname=certs.server_name(role)
+    )
+
+
+async def _look(address: str, role: str, credentials: Credentials | None) -> str:
     try:
         async with asyncio.timeout(PATIENCE_S):
-            reader, writer = await asyncio.open_connection(
-                host.strip("[]"), int(port), ssl=context, server_hostname=certs.server_name(role)
-            )
+            reader, writer = await _open(address, role, credentials)
             try:
                 return await _told(reader, writer, role, credentials)
             finally:
@@ -49,7 +77,7 @@ async def _told(
 ) -> str:
     """The server has shown a certificate. In TLS 1.3 it looks at ours only now, and hangs up if it does not like it."""
     if credentials is None:
-        return "it wants certificates; start this one with --certs, too"
+        return WANTS_CERTIFICATES
     shown = writer.get_extra_info("ssl_object").getpeercert()
     uris = [value for kind, value in shown.get("subjectAltName", ()) if kind == "URI"]
     if (named := certs.role_among(uris)) != role:

@@ -1,8 +1,11 @@
 """What a router finds out of a worker that it cannot speak to; real certificates are in tests/router/test_trust.py."""
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from datetime import datetime
+from threading import Thread
 
 import pytest
 from handshakes import context
@@ -96,6 +99,41 @@ def test_who_speaks_no_tls_or_nothing_at_all(folder, monkeypatch):
         assert told(greet, credentials) == (plain if credentials else "")
         assert told(hang_up, credentials) == ""
         assert told(silent, credentials) == ""
+
+
+def expiry(server: ssl.SSLContext, credentials: Credentials, visits: int) -> tuple[datetime | None, list[str]]:
+    """What is seen of a server's certificate in so many visits, and what the server has to complain of them."""
+    complaints: list[str] = []
+
+    def serve() -> None:
+        for _ in range(visits):
+            came, _ = listener.accept()
+            with came:
+                try:
+                    with server.wrap_socket(came, server_side=True) as peer:
+                        peer.sendall(b"hello")
+                except ssl.SSLError as error:
+                    complaints.append(error.reason)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        serving = Thread(target=serve)
+        serving.start()
+        port = listener.getsockname()[1]
+        seen = asyncio.run(handshake.expiry_at(f"127.0.0.1:{port}", "prefill", credentials))
+        serving.join()
+    return seen, complaints
+
+
+def test_looking_at_a_certificate_leaves_no_complaint(folder):
+    """Who may come shows his own certificate first. A server that shows one of another CA, or an expired one, is asked
+    without, as nobody could tell until when it is valid otherwise."""
+    leaf = folder.issue("prefill", days=5)
+    assert expiry(of(folder, leaf), folder.credentials(), 1) == (leaf.certificate.not_valid_after_utc, [])
+    old = folder.issue("prefill", days=5, ago=9)
+    seen, complaints = expiry(of(folder, old), folder.credentials(), 2)
+    assert seen == old.certificate.not_valid_after_utc
+    assert complaints[1:] == ["PEER_DID_NOT_RETURN_A_CERTIFICATE"]
 
 
 def test_nobody(folder):
