@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvferry.cli.run import plain_errors
+from kvferry.cli.run import EXIT_FAILED, plain_errors
 from kvferry.cli.tenants import AsJson, alone, show
 
 if TYPE_CHECKING:
@@ -69,10 +69,15 @@ def rotate(
 
 @app.command("show", epilog="Example: kvferry certs show /etc/kvferry/certs --json")
 def show_certificates(folder: Folder, as_json: AsJson = False) -> None:
-    """Show the certificates in DIR: whose they are, until when they are valid, and whether they can be used."""
+    """Show the certificates in DIR: whose they are, until when they are valid, and whether they can be used.
+
+    Exit code 0 if all can be used, also those that end soon, within 14 days; 1 if one cannot.
+    """
     with plain_errors("certs show"):
         rows = list(described(folder, datetime.now(UTC), whole=as_json))
     show(rows, as_json)
+    if any(row["state"] not in ("valid", "soon") for row in rows):
+        raise typer.Exit(EXIT_FAILED)
 
 
 def tell_where_files_go(folder: Path) -> None:
@@ -86,9 +91,10 @@ def tell_where_files_go(folder: Path) -> None:
 
 
 def described(folder: Path, now: datetime, whole: bool) -> Iterator[dict[str, Any]]:
-    """A row for each certificate that there is. `whole`: with all of its fingerprint. Raises ConfigError."""
+    """A row for each certificate that there is. `whole`: with all of its fingerprint. Its state is valid, soon (it ends
+    within 14 days), expired, or why it cannot be used. Raises ConfigError."""
     from kvferry.common import certs
-    from kvferry.common.credentials import CA_FILE, certificate_file, certificates_in, load, read
+    from kvferry.common.credentials import CA_FILE, WARN, certificate_file, certificates_in, load, read
     from kvferry.common.errors import ConfigError
 
     issuing, *older = certificates_in(folder / CA_FILE, read(folder / CA_FILE))
@@ -98,7 +104,7 @@ def described(folder: Path, now: datetime, whole: bool) -> Iterator[dict[str, An
             found.append((role, path.name, certificates_in(path, read(path))[0]))
     for role, file, certificate in found:
         until = certificate.not_valid_after_utc
-        state = "valid" if until > now else "expired"
+        state = "expired" if until <= now else "soon" if until - now < WARN else "valid"
         if role in certs.ROLES and until > now:
             try:
                 load(folder, role, now)

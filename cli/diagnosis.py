@@ -87,7 +87,10 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redis(Answer):
+    """`open`: its default user needs no password."""
+
     url: str
+    open: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +141,19 @@ def findings(seen: Seen) -> list[Finding]:
         *(finding for one in seen.stores for finding in of_store(one, seen)),
         *between_stores(seen),
         *(of_way(one) for one in seen.ways),
-        *(of_redis(one) for one in seen.redis),
+        *(finding for one in seen.redis for finding in of_redis(one)),
     ]
+
+
+def in_short(found: Sequence[Finding]) -> str:
+    """The last line of the table."""
+    wrong, soon = (sum(one.state == state for one in found) for state in ("wrong", "soon"))
+    told = [f"{wrong} of {len(found)} checks found something wrong"] if wrong else ["all is well"]
+    if ends := sum(one.state == "soon" and one.check == "certificate" for one in found):
+        told.append(f"{counted(ends, 'certificate')} {'ends' if ends == 1 else 'end'} soon")
+    if soon > ends:
+        told.append(f"{counted(soon - ends, 'warning')}")
+    return "; ".join(told) if wrong or soon else f"all is well: {len(found)} checks"
 
 
 def of_certificate(one: Certificate, now: datetime) -> Finding:
@@ -181,8 +195,10 @@ def advice_on_worker(one: Worker) -> str:
 
 def of_router(one: Router, seen: Seen) -> Iterator[Finding]:
     if one.problem:
-        yield Finding("router", one.url, "wrong", one.problem,
-                      f"start it, or see why this host does not reach {one.url}")  # fmt: skip
+        do = "" if ";" in one.problem else f"start it, or see why this host does not reach {one.url}"
+        if "is no router" in one.problem:
+            do = "give the port of a router's API"
+        yield Finding("router", one.url, "wrong", one.problem, do)
         return
     do = "start what is missing, or see why the router's host does not reach it" if one.missing else ""
     yield Finding("router", one.url, "wrong" if one.missing else "ok", "; ".join(one.missing) or "ready", do)
@@ -251,6 +267,8 @@ def of_store(one: Store, seen: Seen) -> Iterator[Finding]:
 
 
 def advice_on_meeting(problem: str, address: str) -> str:
+    if "is no store" in problem:
+        return "give the port at which other stores reach it, that of its --listen or --advertise"
     if "secret" in problem:
         return "copy the same store.secret to every host, and start the stores with it as --peer-secret-file"
     if "of the cluster" in problem:
@@ -285,17 +303,33 @@ def of_way(one: Way) -> Finding:
     return Finding("link", who, "ok", told)
 
 
-def of_redis(one: Redis) -> Finding:
-    if one.problem:
-        rights = "may not do" in one.problem
-        do = ("send Redis the line that `kvferry store --print-redis-acl` prints" if rights
-              else "start it, or correct --redis, --redis-user and --redis-password-file")  # fmt: skip
-        return Finding("redis", one.url, "wrong", one.problem, do)
+def of_redis(one: Redis) -> Iterator[Finding]:
     told = f"{milliseconds(one.round_trip_s)} a round trip"
-    if one.round_trip_s > REDIS_S:
-        return Finding("redis", one.url, "wrong", told, "put it nearer to the stores: what takes longer than 50 ms is "
-                       "given up, and counts as a miss")  # fmt: skip
-    return Finding("redis", one.url, "ok", told)
+    if one.problem:
+        yield Finding("redis", one.url, "wrong", one.problem, advice_on_redis(one))
+    elif one.round_trip_s > REDIS_S:
+        yield Finding("redis", one.url, "wrong", told, "put it nearer to the stores: what takes longer than 50 ms is "
+                      "given up, and counts as a miss")  # fmt: skip
+    else:
+        yield Finding("redis", one.url, "ok", told)
+    if one.open:
+        yield Finding("redis", one.url, "soon", "its default user is open: who reaches it needs no password",
+                      "switch that user off or give it a password, in Redis' configuration or aclfile")  # fmt: skip
+
+
+def advice_on_redis(one: Redis) -> str:
+    if "may not do" in one.problem:
+        return "send Redis the line that `kvferry store --print-redis-acl` prints"
+    if "does not accept" in one.problem:
+        return ("correct --redis-user and --redis-password-file, or send Redis the line that `kvferry store "
+                "--print-redis-acl` prints: it forgets its ACLs at a restart unless it has an aclfile")  # fmt: skip
+    if "CERTIFICATE_VERIFY" in one.problem:
+        return "give --redis-ca-file with the CA of its certificate, and the name that the certificate has in --redis"
+    if one.url.startswith("rediss") and "Error 111" not in one.problem:  # not that nobody listens
+        return "start it, or it hangs, or it does not speak TLS: then write redis: for rediss: in --redis"
+    if "in time" in one.problem:
+        return "start it, or it hangs, or correct --redis"
+    return "start it, or correct --redis, --redis-user and --redis-password-file"
 
 
 def milliseconds(seconds: float) -> str:

@@ -109,7 +109,10 @@ async def examine(settings: Settings, routers: Sequence[str], peers: list[str], 
         redis = [parse_redis_url(settings["store.redis"], **{one: settings[f"store.redis_{one}"] for one in names})]
     sockets = [settings["router.store"]] if settings["router.store"] is not None else []
 
-    workers = asyncio.gather(*(look.look_at_worker(role, address, shown) for role, address in addresses))
+    without = look.WITHOUT_CERTIFICATES
+    if certs is not None:
+        without = f"of {certs} nothing can be shown to it; mend what is said of its files"
+    workers = asyncio.gather(*(look.look_at_worker(role, address, shown, without) for role, address in addresses))
     local = await asyncio.gather(*(look.look_at_socket(socket) for socket in sockets))
     peers += [one.address for one in local if one.address and me is not None and one.address not in peers]
     stores = await asyncio.gather(*(look.look_at_store(address, me) for address in peers))
@@ -142,7 +145,7 @@ def own_certificates(folder: Path | None, now: "datetime") -> "tuple[Credentials
         raise ConfigError(f"there is no {folder / certificate_file('doctor')}, by which workers know a doctor; copy it "
                           "and doctor.key from the folder of `kvferry certs init`")  # fmt: skip
     told = [Certificate(file=f"{folder / row['file']}", role=row["role"], expires=parsed(row["expires"]),
-                        state=row["state"]) for row in rows]  # fmt: skip
+                        state="valid" if row["state"] == "soon" else row["state"]) for row in rows]  # fmt: skip
     usable = next((role for role in roles if any(one.role == role and one.state == "valid" for one in told)), None)
     return load(folder, usable, now) if usable else None, told
 
@@ -154,8 +157,8 @@ def parsed(when: str) -> "datetime":
 
 
 def show(found: "Sequence[Finding]", as_json: bool | None) -> None:
-    wrong = sum(one.state == "wrong" for one in found)
     if as_json:
+        wrong = any(one.state == "wrong" for one in found)
         print(json.dumps({"ok": not wrong, "findings": [asdict(one) for one in found]}, indent=2))
         return
     from rich import box
@@ -163,11 +166,11 @@ def show(found: "Sequence[Finding]", as_json: bool | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from kvferry.cli.diagnosis import in_short
+
     table = Table("check", "of", "", "what was seen", "what to do", box=box.SIMPLE_HEAD, pad_edge=False)
     for one in found:
         table.add_row(one.check, one.of, Text(one.state, STATES[one.state]), one.told, one.do)
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     console.print(table)
-    console.print(
-        f"{wrong} of {len(found)} checks found something wrong" if wrong else f"all is well: {len(found)} checks"
-    )
+    console.print(in_short(found))

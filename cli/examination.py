@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import secrets
-import ssl
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,13 +16,13 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
 import grpc
-from cryptography import x509
 
 from kvferry.cli.diagnosis import LocalStore, Redis, Router, Store, Way, Worker
 from kvferry.common.clock import WallClock
 from kvferry.common.config import is_local
 from kvferry.common.credentials import Credentials
 from kvferry.common.errors import ConfigError, IncompatibleNode, Unavailable
+from kvferry.common.handshake import WANTS_CERTIFICATES, expiry_at
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.wire import error_of, layout_from_wire
 from kvferry.kvstore import measuring, redis_pipe
@@ -32,13 +31,16 @@ from kvferry.kvstore.link import REPLY_S, Unreachable
 from kvferry.kvstore.link import Link as StoreLink
 from kvferry.kvstore.measuring import reason
 from kvferry.kvstore.peering import MAX_PROBE, Identity, Probe
+from kvferry.kvstore.protocol import ProtocolError
 from kvferry.kvstore.redis_target import KEY_PREFIX, RedisTarget
 from kvferry.router.links import Link
 
 ROUTER_S, WORKER_S, STORE_S, LINK_S, REDIS_S = 3.0, 10.0, 2.0, 6.0, 2.0
 MOST_BYTES = 2**20  # of what a router says
+NO_ROUTER = "what answers there is no router of ours"
 ROUNDS = 5  # round trips to Redis, whose median counts
 CALLER = "kvferry doctor"
+WITHOUT_CERTIFICATES = "without certificates nobody speaks to it; give --certs"
 
 clock = WallClock()
 
@@ -54,8 +56,19 @@ async def look_at_router(url: str) -> Router:
         return Router(url=url, release=release["version"], missing=missing_in(ready))
     except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:  # a URLError is an OSError
         told = getattr(error, "reason", error)
-        known = reason(told) if isinstance(told, OSError) else "what answers there is no router of ours"
-        return Router(url=url, problem=known)
+        if isinstance(told, OSError):
+            return Router(url=url, problem=reason(told))
+        stranger = "that is its admin port; give that of its API" if await is_admin(url) else NO_ROUTER
+        return Router(url=url, problem=stranger)
+
+
+async def is_admin(url: str) -> bool:
+    """Whether a router's admin port answers there, whose index tells its pages."""
+    try:
+        index = await asyncio.to_thread(fetched, f"{url}/")
+        return "/metrics" in index["pages"]
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):
+        return False
 
 
 def fetched(url: str) -> Any:
@@ -78,10 +91,13 @@ def missing_in(ready: dict[str, Any]) -> list[str]:
 # -- workers ----------------------------------------------------------------------------------------------------------
 
 
-async def look_at_worker(role: str, address: str, credentials: Credentials | None) -> Worker:
+async def look_at_worker(
+    role: str, address: str, credentials: Credentials | None, without: str = WITHOUT_CERTIFICATES
+) -> Worker:
+    """`without`: what there is to say to who has no credentials and needs some."""
     seen = Worker(role=role, address=address)
     if credentials is None and not is_local(address):
-        return replace(seen, problem="without certificates nobody speaks to it; give --certs")
+        return replace(seen, problem=without)
     link = Link(address, role, credentials)
     try:
         async with asyncio.timeout(WORKER_S):
@@ -94,7 +110,8 @@ async def look_at_worker(role: str, address: str, credentials: Credentials | Non
     except grpc.aio.AioRpcError as error:
         told = error_of(error)
         silent = isinstance(told, Unavailable)
-        return replace(seen, problem=await link.why_refused() or await why_silent(address) if silent else str(told))
+        problem = await link.why_refused() or await why_silent(address) if silent else str(told)
+        return replace(seen, problem=without if problem == WANTS_CERTIFICATES else problem)
     finally:
         await link.close()
     if status.role != role:
@@ -109,7 +126,7 @@ async def look_at_worker(role: str, address: str, credentials: Credentials | Non
         layout=layout_from_wire(status.layout),
         draining=status.draining,
         without_store=status.without_store,
-        expires=await expiry_at(address) if link.secure else None,
+        expires=await expiry_at(address, role, credentials) if link.secure else None,
     )
 
 
@@ -137,24 +154,6 @@ async def why_silent(address: str) -> str:
         return reason(error)
     writer.close()
     return "it takes connections, and does not answer"
-
-
-async def expiry_at(address: str) -> datetime | None:
-    """Until when the certificate is valid that a server shows, whoever made it; None if it shows none."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
-    host, _, port = address.rpartition(":")
-    try:
-        async with asyncio.timeout(WORKER_S):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
-    except OSError:
-        return None
-    try:
-        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        return x509.load_der_x509_certificate(shown).not_valid_after_utc
-    finally:
-        writer.close()
 
 
 # -- stores -----------------------------------------------------------------------------------------------------------
@@ -194,6 +193,8 @@ async def look_at_store(address: str, me: Identity) -> Store:
             await measuring.ask(peer, Probe(0), STORE_S)
             asked = clock.now()
             told, seconds = await measuring.ask(peer, Probe(0), STORE_S)
+    except (EOFError, ProtocolError) as error:
+        return replace(seen, problem=f"what answers there is no store: {error}")
     except measuring.FAULTS as error:
         return replace(seen, problem=reason(error))
     return replace(
@@ -224,6 +225,11 @@ async def look_at_way(to: str, of: str, me: Identity) -> Way:
 
 
 async def look_at_redis(target: RedisTarget) -> Redis:
+    seen, anybody = await asyncio.gather(visited(target), is_open(target))
+    return replace(seen, open=anybody)
+
+
+async def visited(target: RedisTarget) -> Redis:
     """Does once what the directory does, with a key of its own, which lapses."""
     seen = Redis(url=str(target))
     pipe = None
@@ -247,6 +253,22 @@ async def look_at_redis(target: RedisTarget) -> Redis:
         if pipe is not None:
             await pipe.close()
     return replace(seen, round_trip_s=median(took))
+
+
+async def is_open(target: RedisTarget) -> bool:
+    """Whether Redis lets in who says no name and no password."""
+    pipe = None
+    try:
+        async with asyncio.timeout(REDIS_S):
+            pipe = await redis_pipe.connect(replace(target, user=None, password_file=None))
+            if target.kind == "redis+cluster":  # whose nodes were asked for their slots
+                return True
+            return not any(isinstance(reply, Exception) for reply in await pipe.run([["PING"]]))
+    except Exception:  # whatever it is, the visit with a login meets it, too, or it is that a login is wanted
+        return False
+    finally:
+        if pipe is not None:
+            await pipe.close()
 
 
 def today() -> datetime:

@@ -49,8 +49,11 @@ def refused(*arguments: object) -> str:
     return complained.rstrip()
 
 
-def rows(folder: Path) -> dict[str, dict[str, str]]:
-    return {row["role"]: row for row in json.loads(run("show", folder, "--json"))}
+def rows(folder: Path, code: int = 0) -> dict[str, dict[str, str]]:
+    """What `show` says of each role, with this exit code."""
+    ended, said, complained = called("show", folder, "--json")
+    assert (ended, complained) == (code, "")
+    return {row["role"]: row for row in json.loads(said)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -206,7 +209,7 @@ class TestRotate:
         folder, then = tmp_path / "certs", NOW - timedelta(days=20)
         make(folder, then, YEAR, timedelta(days=10))
         assert "expired at" in refused("rotate", folder)
-        assert rows(folder)["ca"]["state"] == "expired"
+        assert rows(folder, code=1)["ca"]["state"] == "expired"
         run("rotate", folder, "--ca")
         assert "old ca" not in rows(folder), "nobody trusts it any more"
         assert {one["state"] for one in rows(folder).values()} == {"valid"}
@@ -269,11 +272,22 @@ class TestShow:
     def test_what_cannot_be_used_says_why(self, tmp_path):
         host = Folder(tmp_path / "host", "decode").fill()
         (host.path / "decode.key").unlink()
-        assert rows(host.path)["decode"]["state"].startswith("there is no ")
+        assert rows(host.path, code=1)["decode"]["state"].startswith("there is no ")
         host.put(host.issue(days=5, ago=9))
-        assert rows(host.path)["decode"]["state"] == "expired"
+        assert rows(host.path, code=1)["decode"]["state"] == "expired"
         host.put(host.issue(days=1))
-        assert rows(host.path)["decode"]["in"] == "24 hours"
+        told = rows(host.path)["decode"]
+        assert (told["in"], told["state"]) == ("24 hours", "soon")
+        host.put(host.issue(days=15))
+        assert rows(host.path)["decode"]["state"] == "valid"
+
+    def test_what_cannot_be_used_is_told_to_scripts_by_the_exit_code(self, tmp_path):
+        host = Folder(tmp_path / "host", "decode").fill()
+        for days, ago, code, state in ((90, 0, 0, "valid"), (5, 0, 0, "soon"), (5, 9, 1, "expired")):
+            host.put(host.issue(days=days, ago=ago))
+            told = called("show", host.path)
+            assert (told[0], told[2]) == (code, "")
+            assert told[1].splitlines()[-1].endswith(state)
 
     def test_nothing_there(self, tmp_path):
         assert "there is no" in refused("show", tmp_path)

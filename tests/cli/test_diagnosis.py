@@ -5,7 +5,19 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from kvferry.cli.diagnosis import Certificate, Finding, LocalStore, Redis, Router, Seen, Store, Way, Worker, findings
+from kvferry.cli.diagnosis import (
+    Certificate,
+    Finding,
+    LocalStore,
+    Redis,
+    Router,
+    Seen,
+    Store,
+    Way,
+    Worker,
+    findings,
+    in_short,
+)
 from kvferry.common.block import BlockLayout
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
@@ -135,7 +147,32 @@ WRONG = {
     ),
     "redis": (
         {"redis": [replace(REDIS, problem="it did not answer in time")]},
-        ("redis", "it did not answer in time", "start it, or correct --redis"),
+        ("redis", "it did not answer in time", "start it, or it hangs, or correct --redis"),
+    ),
+    "redis is gone": (
+        {"redis": [replace(REDIS, problem="connection: Error 111 connecting to 10.0.0.1:6379.")]},
+        ("redis", "Error 111", "start it, or correct --redis, --redis-user and --redis-password-file"),
+    ),
+    "redis without TLS": (
+        {"redis": [replace(REDIS, url="rediss://10.0.0.1:6379", problem="it did not answer in time")]},
+        ("redis", "in time", "it does not speak TLS: then write redis: for rediss:"),
+    ),
+    "redis has another CA": (
+        {"redis": [replace(REDIS, url="rediss://10.0.0.1:6379", problem="[SSL: CERTIFICATE_VERIFY_FAILED]")]},
+        ("redis", "CERTIFICATE_VERIFY_FAILED", "give --redis-ca-file"),
+    ),
+    "redis login": (
+        {"redis": [replace(REDIS, problem="it does not accept our user and password")]},
+        ("redis", "does not accept", "`kvferry store --print-redis-acl` prints: it forgets its ACLs at a restart "
+                                     "unless it has an aclfile"),
+    ),
+    "no store": (
+        {"stores": [replace(STORES[0], problem="what answers there is no store: the connection closed")]},
+        ("store", "is no store", "give the port at which other stores reach it"),
+    ),
+    "no router": (
+        {"routers": [replace(ROUTER, problem="what answers there is no router of ours")]},
+        ("router", "no router", "give the port of a router's API"),
     ),
     "redis rights": (
         {"redis": [replace(REDIS, problem="our user may not do what the directory needs")]},
@@ -175,6 +212,24 @@ def test_a_certificate_that_expires_soon(days, state):
 def test_a_store_that_sends_others_elsewhere():
     (found,) = bad(stores=[replace(STORES[0], advertised="10.9.9.9:7700")])
     assert (found.state, found.told) == ("soon", "it tells others to come to 10.9.9.9:7700")
+
+
+def test_a_redis_that_lets_everybody_in():
+    (found,) = bad(redis=[replace(REDIS, open=True)])
+    assert (found.state, found.told) == ("soon", "its default user is open: who reaches it needs no password")
+
+
+def test_the_last_line():
+    """What will be wrong is counted, though all is well now."""
+    soon = [replace(CERTIFICATE, expires=NOW + timedelta(days=days)) for days in (3, 5)]
+    gone = replace(ROUTER, problem="Connection refused")
+    assert in_short(findings(GOOD)) == "all is well: 14 checks"
+    assert in_short(findings(replace(GOOD, certificates=soon[:1]))) == "all is well; 1 certificate ends soon"
+    open_redis = replace(GOOD, certificates=soon, redis=[replace(REDIS, open=True)])
+    assert in_short(findings(open_redis)) == "all is well; 2 certificates end soon; 1 warning"
+    assert in_short(findings(replace(GOOD, certificates=soon[:1], routers=[gone]))) == (
+        "1 of 14 checks found something wrong; 1 certificate ends soon"
+    )
 
 
 def test_several_models_side_by_side_are_fine():

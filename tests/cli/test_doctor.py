@@ -87,10 +87,12 @@ def test_a_good_cluster(doctor):
         *doctor.workers, *doctor.certs, *doctor.stores, *doctor.secret, *doctor.redis,
         f"--store={doctor.cluster.folder_of(doctor.cluster.b)}/store",
     )  # fmt: skip
-    assert {one["state"] for one in found} == {"ok"}, found
+    assert [one["check"] for one in found if one["state"] != "ok"] == ["redis"], found
+    assert [one["told"] for one in found if one["state"] == "soon"] == [
+        "its default user is open: who reaches it needs no password"]  # fmt: skip
     assert code == 0
     assert Counter(one["check"] for one in found) == {
-        "router": 1, "certificate": 7, "worker": 2, "clock": 4, "model": 1, "store": 3, "link": 2, "redis": 1
+        "router": 1, "certificate": 7, "worker": 2, "clock": 4, "model": 1, "store": 3, "link": 2, "redis": 2
     }  # fmt: skip
     for link in (one for one in found if one["check"] == "link"):
         assert "MB/s by one connection" in link["told"]
@@ -132,7 +134,9 @@ def test_a_router_that_misses_somebody(doctor):
     (gone,) = doctor.wrong("--router=http://127.0.0.1:1")
     assert gone[:3] == ("router", "http://127.0.0.1:1", "Connection refused")
     (stranger,) = doctor.wrong(f"--router=http://{doctor.cluster.front.address}:8001/nodes")
-    assert stranger[2] == "what answers there is no router of ours"
+    assert stranger[2:] == ("what answers there is no router of ours", "give the port of a router's API")
+    (admin,) = doctor.wrong(f"--router=http://{doctor.cluster.front.address}:8001")
+    assert admin[2:] == ("that is its admin port; give that of its API", "")
     doctor.cluster.kill_one("store b")
     try:
         url = doctor.cluster.url
@@ -152,6 +156,24 @@ def test_a_wrong_secret(doctor, tmp_path):
     assert [one[:2] for one in wrong] == [("store", doctor.cluster.at(f"store {name}")) for name in "ab"]
     assert all("do not know the same secret" in told for _, _, told, _ in wrong)
     assert all("copy the same store.secret to every host" in do for *_, do in wrong)
+
+
+def test_a_store_asked_at_a_workers_port(doctor):
+    at = doctor.cluster.at("prefill")
+    (wrong,) = doctor.wrong(f"--peer={at}", *doctor.secret)
+    assert wrong[:2] == ("store", at)
+    assert wrong[2].startswith("what answers there is no store: ")
+    assert wrong[3].startswith("give the port at which other stores reach it")
+
+
+def test_certificates_of_ours_that_cannot_be_used(doctor, tmp_path):
+    """It says so, and not that none were given."""
+    mine = Folder(tmp_path / "mine", "doctor").fill()
+    (mine.path / "doctor.key").unlink()
+    file, *workers = doctor.wrong(*doctor.workers, f"--certs={mine.path}")
+    assert (file[0], file[2].startswith("there is no ")) == ("certificate", True)
+    assert [one[2:] for one in workers] == [
+        (f"of {mine.path} nothing can be shown to it; mend what is said of its files", "")] * 2  # fmt: skip
 
 
 def test_another_cluster(doctor):
@@ -210,6 +232,16 @@ def test_redis_that_refuses_and_redis_that_is_gone(doctor, tmp_path):
     password.write_text("another\n")
     (refused,) = doctor.wrong(*doctor.redis[:2], f"--redis-password-file={password}")
     assert refused[:3] == ("redis", f"redis://{doctor.a}:6379", "it does not accept our user and password")
+    assert "--print-redis-acl" in refused[3]
+    (plain,) = doctor.wrong(f"--redis=rediss://{doctor.a}:6379", *doctor.redis[1:])
+    assert "it does not speak TLS" in plain[3]
+    with doctor.cluster.redis() as client:
+        client.config_set("requirepass", "a password of its default user")
+        try:
+            code, found = doctor.look(*doctor.redis)
+        finally:
+            client.config_set("requirepass", "")
+    assert (code, [one["state"] for one in found]) == (0, ["ok"]), "nobody else is let in"
     with doctor.cluster.redis() as client:
         client.execute_command("ACL", "SETUSER", "kvferry", "-set")
     try:
