@@ -1,8 +1,8 @@
 """Bringing blocks here from other nodes, straight from the socket into slots of this arena.
 
-The blocks that come are reserved like those that somebody computes, so that nobody computes or brings them twice; each
-few megabytes that have arrived are committed, so that a worker copies the first while the last are on their way. Spread
-over those who have them; what one does not deliver in time, the next is asked for.
+The blocks that come are reserved like those that somebody computes, so that nobody computes or brings them twice, and
+land a few megabytes at a time (landing.py). Spread over those who have them; what one does not deliver in time, the
+next is asked for.
 """
 
 import asyncio
@@ -16,19 +16,17 @@ from kvferry.common.hashing import Span
 from kvferry.common.store_api import Claim
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.index import Index
+from kvferry.kvstore.landing import Coming, Landing
 from kvferry.kvstore.link import Unreachable
 from kvferry.kvstore.peering import MAX_FETCH
-from kvferry.kvstore.peers import Inflow, Peers, Slow
-from kvferry.kvstore.protocol import ProtocolError, Written
+from kvferry.kvstore.peers import FETCHES_MOST, PATIENCE_S, Inflow, Peers, Slow
+from kvferry.kvstore.protocol import ProtocolError
 
 log = logging.getLogger(__name__)
 
 STRIPE_BYTES = 32 * 2**20  # a connection takes so much at a time where there are several
-COMMITS = 8  # in so many parts what one connection fetches is committed as it arrives,
-COMMIT_LEAST, COMMIT_MOST = 2**20, 16 * 2**20  # within these bytes a part
-LEAST_BYTES_PER_S = 50e6  # who sends more slowly than this is not waited for: computing is quicker
-PATIENCE_S = 2.0  # beside that
-MAX_PARTS = 512  # buffers of one recvmsg; the system takes 1024
+LEAST_BYTES_PER_S = 50e6  # that come here, all connections together; below that computing is quicker
+THREADS = 4 * FETCHES_MOST
 FAILED = (Slow, ProtocolError, IncompatibleNode, EOFError, OSError)
 
 Sources = Sequence[Sequence[str]]  # for each name, the addresses that may have it
@@ -46,7 +44,7 @@ class Fetcher:
         self._only_sealed = only_sealed
         self._arena: ArenaMap | None = None
         self._connection = index.connect(bringing=True)
-        self._threads = ThreadPoolExecutor(16, thread_name_prefix="kvferry-fetch")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kvferry-fetch")
         self._running: set[asyncio.Task[None]] = set()
         self._inflows: set[Inflow] = set()
 
@@ -85,16 +83,14 @@ class Fetcher:
 
     async def _bring(self, span: Span, wanted: list[int], lease: int, sources: Sources) -> None:
         size = len(wanted) * self._arena.block_bytes
-        deadline = time.monotonic() + PATIENCE_S + size / LEAST_BYTES_PER_S
+        deadline = time.monotonic() + PATIENCE_S + size / LEAST_BYTES_PER_S  # then nobody else is asked any more
         failed: set[str] = set()
         try:
             while wanted and time.monotonic() < deadline:
                 lanes = self._lanes(wanted, sources, failed)
                 if not lanes:
                     break
-                lacking = await asyncio.gather(
-                    *(self._lane(span, part, lease, address, deadline) for address, part in lanes)
-                )
+                lacking = await asyncio.gather(*(self._lane(span, part, lease, address) for address, part in lanes))
                 failed |= {address for (address, _), lack in zip(lanes, lacking, strict=True) if lack}
                 # What had no room here is not ours any more: the next holder would send it in vain.
                 wanted = sorted(i for lack in lacking for i in lack if self._index.is_pending(span.names[i]))
@@ -123,8 +119,12 @@ class Fetcher:
             able[number % len(able)].extend(wanted[part])
         return [(a, parts) for a, parts in lanes if parts]
 
-    async def _lane(self, span: Span, part: list[int], lease: int, address: str, deadline: float) -> list[int]:
-        """Fetch by one connection; what did not come."""
+    async def _lane(self, span: Span, part: list[int], lease: int, address: str) -> list[int]:
+        """Fetch by one connection, when it is our turn there; what did not come."""
+        async with self._peers.turn(address):
+            return await self._fetch(span, part, lease, address)
+
+    async def _fetch(self, span: Span, part: list[int], lease: int, address: str) -> list[int]:
         for fresh in (False, True):
             if not part:
                 break
@@ -135,7 +135,7 @@ class Fetcher:
                 return part
             self._inflows.add(inflow)
             try:
-                came, whole = await self._receive(inflow, span, part, lease, deadline)
+                came, whole = await self._receive(inflow, span, part, lease)
             except FAILED as error:
                 inflow.close()
                 if inflow.used and not fresh:  # it was kept too long: the peer has been started anew, or let it go
@@ -155,55 +155,24 @@ class Fetcher:
             return part[came:]
         return part
 
-    async def _receive(
-        self, inflow: Inflow, span: Span, part: list[int], lease: int, deadline: float
-    ) -> tuple[int, bool]:
+    async def _receive(self, inflow: Inflow, span: Span, part: list[int], lease: int) -> tuple[int, bool]:
         """How many of the blocks came, and whether that was all that was sent. Raises one of FAILED."""
-        index, arena = self._index, self._arena
         names = [span.names[i] for i in part]
-        sent = await inflow.request(names, arena.block_bytes)
+        sent = await inflow.request(names, self._arena.block_bytes)
         if self._only_sealed and not all(block.salt for block in sent):
             raise ProtocolError("it sends plain blocks, and this store takes only sealed ones")
-        _, slots = index.grant(self._connection, lease, names[: len(sent)])
-        taken = next((n for n, slot in enumerate(slots) if slot is None), len(slots))
+        if not sent:
+            return 0, True
+        await inflow.begun()
         parents = [span.names[i - 1] if i else span.parent for i in part]
-        written = [
-            Written(name, parent, slot, block.salt, block.proofs)
-            for name, parent, slot, block in zip(names, parents, slots[:taken], sent, strict=False)
-        ]
-        self._changed()
-        await self._land(inflow, written, lease, deadline)
-        return taken, taken == len(sent)
-
-    async def _land(self, inflow: Inflow, written: list[Written], lease: int, deadline: float) -> None:
-        """Receive into granted slots and commit them as they fill. However this ends, no thread writes to them then."""
-        index, arena, loop = self._index, self._arena, asyncio.get_running_loop()
-        done = 0
-
-        def arrived(count: int) -> None:
-            nonlocal done
-            index.commit(self._connection, lease, written[done:count])
-            self.bytes += (count - done) * arena.block_bytes
-            done = count
-            self._changed()
-
-        if not written:
-            return
-        size = len(written) * arena.block_bytes // COMMITS
-        step = min(max(1, min(max(size, COMMIT_LEAST), COMMIT_MOST) // arena.block_bytes), MAX_PARTS)
+        coming = list(map(Coming, names, parents, sent))
+        landing = Landing(self._index, self._connection, lease, self._arena, coming, self._changed)
         try:
-            with arena.in_use():
-                views = [arena.slot(block.slot) for block in written]
-                receiving = loop.run_in_executor(
-                    self._threads, inflow.receive, views, deadline,
-                    lambda count: loop.call_soon_threadsafe(arrived, count), step,
-                )  # fmt: skip
-                try:
-                    await asyncio.shield(receiving)
-                except asyncio.CancelledError:
-                    inflow.interrupt()
-                    await asyncio.gather(receiving, return_exceptions=True)
-                    raise
+            await landing.run(inflow, self._threads, self._least)
         finally:
-            index.abort(self._connection, [block.slot for block in written[done:]], keep=True)
-            self._changed()
+            self.bytes += landing.landed * self._arena.block_bytes
+        return landing.landed, landing.landed == len(sent)
+
+    def _least(self) -> float:
+        """Bytes a second that one connection should bring. Threads may ask."""
+        return LEAST_BYTES_PER_S / max(1, len(self._inflows))

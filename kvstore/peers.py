@@ -6,25 +6,31 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from queue import SimpleQueue
 
 from kvferry.common.clock import Clock
 from kvferry.common.errors import IncompatibleNode
 from kvferry.kvstore import peering
-from kvferry.kvstore.link import Link, Unreachable
+from kvferry.kvstore.link import Link, Unreachable, readable
 from kvferry.kvstore.peering import Fetch, Identity, Met, Purpose, Sending, Sent
 from kvferry.kvstore.protocol import ProtocolError
 
 log = logging.getLogger(__name__)
 
 CONNECT_S = 1.0  # to be connected and accepted
-STALL_S = 0.5  # a sender from whom nothing comes for so long is taken for slow
+STALL_S = 0.5  # a sender from whom nothing more comes for so long is taken for slow
+PATIENCE_S = 2.0  # for the first byte of blocks, and, in all, for what comes more slowly than it should
 AWAY_FIRST_S, AWAY_MOST_S = 0.5, 10.0  # so long a peer that failed is left alone
 AWAY_INCOMPATIBLE_S = 30.0
 TOLD_S = 60.0  # so long after its last failure a peer counts as away, if nothing has worked since
 IDLE_MOST = 4  # fetch connections kept for each peer
+FETCHES_MOST = 32  # at once from each peer
 # TimeoutError is an OSError; an address that is none is a ValueError
 FAILED = (OSError, EOFError, ProtocolError, IncompatibleNode, ValueError)
+
+Steps = SimpleQueue[list[memoryview]]  # where a thread receives to, some blocks at a time
 
 
 class Slow(Exception):
@@ -54,17 +60,26 @@ class Inflow:
             raise ProtocolError("more blocks are sent than were asked for")
         return sending.blocks
 
-    def receive(self, views: list[memoryview], deadline: float, arrived: Callable[[int], None], step: int) -> None:
-        """Fill `views`, in order; `arrived(n)` whenever `n` of them, `step` more than before, are full. Runs in a
-        thread. `views` is empty afterwards, however this ends: an error's traceback keeps no part of the arena. Raises
-        Slow, EOFError, OSError."""
-        peer, count = self._peer, len(views)
+    async def begun(self) -> None:
+        """Until the first byte of the blocks is here; a sender may have others to serve before. Raises Slow."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await readable(self._peer)
+        except TimeoutError:
+            raise Slow(f"no block began to come within {PATIENCE_S:g} s") from None
+
+    def receive(self, steps: Steps, arrived: Callable[[int], None], least: Callable[[], float]) -> None:
+        """Fill the views of each step, in order, until an empty one; `arrived(n)` when the n of a step are full.
+        `least`: the bytes a second that should come, now. Runs in a thread. No step that was taken keeps a view,
+        however this ends: an error's traceback keeps no part of the arena. Raises Slow, EOFError, OSError."""
+        peer, pace, views = self._peer, Pace(least), []
         try:
             peer.setblocking(True)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(STALL_S))
-            for end in (*range(step, count, step), count):
-                fill(peer, views, len(views) - (count - end), deadline)
-                arrived(end)
+            while views := steps.get():
+                count = len(views)
+                fill(peer, views, pace)
+                arrived(count)
             peer.setblocking(False)
         finally:
             views.clear()
@@ -85,21 +100,37 @@ def timeval(seconds: float) -> bytes:
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
-def fill(peer: socket.socket, views: list[memoryview], count: int, deadline: float) -> None:
-    """Receive exactly into the first `count` of `views`, and remove them. Raises Slow, EOFError, OSError."""
-    left = len(views) - count
-    while len(views) > left:
+class Pace:
+    """How long a sender is still waited for: what comes is worth the time that it may take."""
+
+    def __init__(self, least: Callable[[], float]):
+        self._least = least
+        self._left = PATIENCE_S
+
+    def came(self, size: int, seconds: float) -> None:
+        """`size` bytes were waited for that long."""
+        self._left = min(PATIENCE_S, self._left - seconds + size / self._least())
+
+    def is_over(self) -> bool:
+        return self._left < 0
+
+
+def fill(peer: socket.socket, views: list[memoryview], pace: Pace) -> None:
+    """Receive exactly into `views`, and remove them. Raises Slow, EOFError, OSError."""
+    while views:
+        begun = time.monotonic()
         try:
-            got = peer.recvmsg_into(views[: len(views) - left], 0, socket.MSG_WAITALL)[0]
+            got = peer.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
         except BlockingIOError:
             raise Slow(f"nothing came for {STALL_S:g} s") from None
+        pace.came(got, time.monotonic() - begun)
         if not got:
             raise EOFError("the connection closed in the middle of a block")
-        while len(views) > left and got >= len(views[0]):
+        while views and got >= len(views[0]):
             got -= len(views.pop(0))
         if got:
             views[0] = views[0][got:]
-        if len(views) > left and time.monotonic() > deadline:
+        if views and pace.is_over():
             raise Slow("it sends too slowly to wait for")
 
 
@@ -113,6 +144,7 @@ class Peer:
         self.asking: Link | None = None
         self.opening = asyncio.Lock()
         self.idle: list[Inflow] = []
+        self.turns = asyncio.Semaphore(FETCHES_MOST)
         self._pause = AWAY_FIRST_S
         self._failed_at = 0.0
         self._told = ""
@@ -173,6 +205,12 @@ class Peers:
                 peer.asking = await Link.over(sock, address, met.boot_id)
                 peer.worked()
             return peer.asking
+
+    @asynccontextmanager
+    async def turn(self, address: str) -> AsyncIterator[None]:
+        """Fetch inside: a store is asked for no more at once than it can send side by side."""
+        async with self._of(address).turns:
+            yield
 
     async def inflow(self, address: str, fresh: bool = False) -> Inflow:
         """A connection to fetch by, which `give_back` or `close` must follow. Raises Unreachable."""

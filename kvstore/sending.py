@@ -24,7 +24,8 @@ GREETING_S = 2.0
 MAX_STRANGERS = 64  # connections that have not proved themselves yet
 MAX_TOLD = 64  # different reasons that are remembered
 MAX_PEERS = 1024  # connections
-SEND_BYTES = 64 * 2**20  # sent in one go; the blocks' lease is renewed in between
+SEND_BYTES = 64 * 2**20  # sent in one go
+TURN_S = 0.1  # a thread sends to one receiver before others have their turn
 SEND_STALL_S = 5.0  # a receiver that takes nothing for so long is given up
 MAX_PARTS = 512  # buffers of one sendmsg; the system takes 1024
 TOLD_AGAIN_S = 10.0  # a reason for refusing callers is logged once in so long
@@ -137,28 +138,36 @@ class Sender:
             await asyncio.get_running_loop().sock_sendall(peer, peering.frame(Sending(headers)))
             step = max(1, SEND_BYTES // fetch.block_bytes)
             for start in range(0, len(match.blocks), step):
-                slots = [block.slot for block in match.blocks[start : start + step]]
-                await self._in_thread(peer, slots)
-                self._index.renew(connection)
+                await self._send_slots(peer, connection, [block.slot for block in match.blocks[start : start + step]])
         finally:
             held = not match.lease or self._index.release(connection, match.lease)
         if not held:
             raise ProtocolError("the blocks' lease ended while they were sent; they may be torn")
 
-    async def _in_thread(self, peer: socket.socket, slots: Sequence[int]) -> None:
+    async def _send_slots(self, peer: socket.socket, connection: int, slots: Sequence[int]) -> None:
+        """A receiver that takes nothing holds no thread."""
         with self._arena.in_use():
             views = [self._arena.slot(slot) for slot in slots]
-            self._sending.add(peer)
-            sending = asyncio.get_running_loop().run_in_executor(self._threads, send_all, peer, views)
             try:
-                await asyncio.shield(sending)
-            except asyncio.CancelledError:
-                interrupt(peer)
-                await asyncio.gather(sending, return_exceptions=True)
-                raise
+                while views:
+                    if not await self._in_thread(peer, views):
+                        await writable(peer)
+                    self._index.renew(connection)
             finally:
-                self._sending.discard(peer)
+                views.clear()  # an error's traceback keeps no part of the arena
         self.bytes += len(slots) * self._arena.block_bytes
+
+    async def _in_thread(self, peer: socket.socket, views: list[memoryview]) -> int:
+        self._sending.add(peer)
+        sending = asyncio.get_running_loop().run_in_executor(self._threads, send_some, peer, views)
+        try:
+            return await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            interrupt(peer)
+            await asyncio.gather(sending, return_exceptions=True)
+            raise
+        finally:
+            self._sending.discard(peer)
 
 
 def interrupt(peer: socket.socket) -> None:
@@ -169,22 +178,34 @@ def interrupt(peer: socket.socket) -> None:
         return
 
 
-def send_all(peer: socket.socket, views: list[memoryview]) -> None:
-    """Send all of `views`, which is empty afterwards, however this ends: an error's traceback keeps no part of the
-    arena. Blocks; raises OSError when nothing is taken for `SEND_STALL_S`."""
+def send_some(peer: socket.socket, views: list[memoryview]) -> int:
+    """Send what is taken of `views` within TURN_S, and remove it; how many bytes that were. Raises OSError."""
     poller = select.poll()
     poller.register(peer, select.POLLOUT)
+    until, total = time.monotonic() + TURN_S, 0
+    while views and (left := until - time.monotonic()) > 0:
+        try:
+            sent = peer.sendmsg(views[:MAX_PARTS])
+        except BlockingIOError:
+            poller.poll(left * 1000)
+            continue
+        total += sent
+        while views and sent >= len(views[0]):
+            sent -= len(views.pop(0))
+        if sent:
+            views[0] = views[0][sent:]
+    return total
+
+
+async def writable(peer: socket.socket) -> None:
+    """Until it takes more. Raises TimeoutError when it has not for SEND_STALL_S."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_writer(peer, lambda: ready.done() or ready.set_result(None))
     try:
-        while views:
-            try:
-                sent = peer.sendmsg(views[:MAX_PARTS])
-            except BlockingIOError:
-                if not poller.poll(SEND_STALL_S * 1000):
-                    raise TimeoutError(f"nothing was taken for {SEND_STALL_S:g} s") from None
-                continue
-            while views and sent >= len(views[0]):
-                sent -= len(views.pop(0))
-            if sent:
-                views[0] = views[0][sent:]
+        async with asyncio.timeout(SEND_STALL_S):
+            await ready
+    except TimeoutError:
+        raise TimeoutError(f"nothing was taken for {SEND_STALL_S:g} s") from None
     finally:
-        views.clear()
+        loop.remove_writer(peer)

@@ -3,27 +3,20 @@
 import asyncio
 import json
 import logging
-import os
 import socket
-from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
 
 import pytest
+from impostor import SECRET, impostor, me
 from peer_stories import clients_of, nothing_held, publish, pulled, run
 
 from kvferry.common.errors import IncompatibleNode
 from kvferry.kvstore import peering
-from kvferry.kvstore.peering import Call, Challenge, Fetch, Identity, Sending, Sent
+from kvferry.kvstore.peering import Call, Challenge, Fetch, Sending, Sent
 from kvferry.kvstore.peers import AWAY_FIRST_S, AWAY_MOST_S, Peer
 from kvferry.kvstore.protocol import ProtocolError
 
-SECRET = "the secret of all stores"
 TRIES = 100
 NO_ADDRESSES = ["nonsense", "127.0.0.1:99999", "127.0.0.1:" + "9" * 30, "[::1", ":", "x" * 290 + ":1", "h\0:1", "é:1"]
-
-
-def me(address="127.0.0.1:1", cluster="kvferry", secret=SECRET) -> Identity:
-    return Identity(cluster, address, os.urandom(16), secret.encode())
 
 
 def told(capfd, *parts) -> list[str]:
@@ -185,30 +178,6 @@ async def send(peer: socket.socket, lie: str, block_bytes: int) -> None:
             await loop.sock_sendall(peer, b"\xff" * 1000)
         case "nothing at all":
             await loop.sock_recv(peer, 1)
-
-
-@asynccontextmanager
-async def impostor(answer: Callable[[socket.socket], Awaitable[None]]):
-    """Somebody at an address, and who it was that called: `answer` for each connection, which is closed then."""
-    met: list[asyncio.Task] = []
-
-    async def serve(peer: socket.socket) -> None:
-        with peer, suppress(OSError, EOFError):
-            await answer(peer)
-
-    async def accept() -> None:
-        while True:
-            peer, _ = await asyncio.get_running_loop().sock_accept(listener)
-            peer.setblocking(False)
-            met.append(asyncio.create_task(serve(peer)))
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setblocking(False)
-        accepting = asyncio.create_task(accept())
-        yield f"127.0.0.1:{listener.getsockname()[1]}", met
-        accepting.cancel()
-        await asyncio.wait([accepting])
-        await asyncio.gather(*met)
 
 
 def test_an_address_that_is_none_costs_a_miss(ground, capfd):
