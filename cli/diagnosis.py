@@ -38,6 +38,7 @@ class Worker(Answer):
     layout: BlockLayout | None = None
     draining: bool = False
     without_store: bool = False
+    certificate_problem: str = ""  # of the files that lie there; it shows that of before
     expires: datetime | None = None  # its certificate
 
     @property
@@ -173,6 +174,9 @@ def of_worker(one: Worker, seen: Seen) -> Iterator[Finding]:
     if one.without_store:
         yield Finding("store", one.who, "wrong", "it has no store: no block comes to it or from it",
                       "see in its log why, and that --store of the worker is --socket of its host's store")  # fmt: skip
+    if why := one.certificate_problem:
+        yield Finding("certificate", one.who, "wrong", f"it goes on with that of before: {why}",
+                      "" if ";" in why else "copy its files anew from the folder of `kvferry certs init`")  # fmt: skip
     yield from of_answer(one.who, one, seen)
     if one.expires is not None:
         yield of_certificate(

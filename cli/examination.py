@@ -126,6 +126,7 @@ async def look_at_worker(
         layout=layout_from_wire(status.layout),
         draining=status.draining,
         without_store=status.without_store,
+        certificate_problem=status.certificate_problem,
         expires=await expiry_at(address, role, credentials) if link.secure else None,
     )
 

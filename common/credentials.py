@@ -116,13 +116,14 @@ def _copy(role: str) -> str:
 
 
 class LiveCredentials:
-    """The `Credentials` in a folder as they stand now; `now` is replaced as a whole, never changed."""
+    """The `Credentials` in a folder as they stand now; `now` is replaced as a whole, never changed. `fault`: why the
+    files that lie there cannot be used, if they cannot: then `now` is what they were before."""
 
     def __init__(self, folder: Path, role: str, clock: Clock | None = None):
         """Raises ConfigError where the files cannot be used."""
         self._folder, self._role, self._clock = folder, role, clock or WallClock()
         self._seen = self._last = self._signature()
-        self._fault = ""
+        self.fault = ""
         self._warned_at: float | None = None
         self.now = load(folder, role, self._time())
 
@@ -143,16 +144,18 @@ class LiveCredentials:
         look and may still be written, or cannot be used, which is logged once, and tried again."""
         before, signature = self._last, self._signature()
         self._last = signature
+        if signature == self._seen:
+            self.fault = ""
         if signature == self._seen or signature != before:
             return None
         try:
             found = load(self._folder, self._role, self._time())
         except ConfigError as error:
-            if str(error) != self._fault:
+            if str(error) != self.fault:
                 log.error("%s; the certificate of before stays in use", error)
-                self._fault = str(error)
+                self.fault = str(error)
             return None
-        self._seen, self._fault = signature, ""
+        self._seen, self.fault = signature, ""
         log.info("the certificate of this %s is another one now, valid until %s", self._role, minute(found.expires))
         if not certs.trusted(certs.from_pem(found.chain), certs.from_pem(self.now.roots)):
             log.warning("its CA is another one, for which that of before does not vouch: who still has the old files "

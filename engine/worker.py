@@ -15,6 +15,7 @@ import grpc
 from kvferry.common.block import BlockLayout
 from kvferry.common.clock import WallClock
 from kvferry.common.config import WorkerConfig
+from kvferry.common.credentials import LiveCredentials
 from kvferry.common.errors import ConfigError, IncompatibleNode, Unavailable
 from kvferry.common.process import Notifier
 from kvferry.common.proto import worker_pb2 as pb
@@ -113,6 +114,7 @@ class Worker:
         self._clock, self._version = WallClock(), version("kvferry")
         self._streams = 0
         self._draining = self._closing = False
+        self._live: LiveCredentials | None = None  # while it serves, where it has certificates
         self._watchers: set[asyncio.Event] = set()
         self._idle = asyncio.Event()
         self.engine.on_change(self._tell_watchers)
@@ -215,6 +217,7 @@ class Worker:
             clock=self._clock.now(),
             version=self._version,
             without_store=not self.store.connected,
+            certificate_problem=self._live.fault if self._live else "",
         )
 
     async def serve(
@@ -225,7 +228,7 @@ class Worker:
         stop: asyncio.Event,
     ) -> None:
         """Answer calls until `stop`, then drain: no new streams, and up to `drain_s` for those that are open."""
-        live = live_credentials(self.config)
+        live = self._live = live_credentials(self.config)
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=() if live is None else (OnlyRoles(),))
         register(service, server)
         os.umask(0o077)  # tenants' keys come through the socket: it is for this user alone

@@ -41,7 +41,7 @@ class Layout(_message.Message):
     def __init__(self, kv_heads: _Optional[int] = ..., layers: _Optional[int] = ..., block_size: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("role", "model", "fingerprint", "layout", "vocab_size", "max_model_len", "draining", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "streams", "tasks", "prefill_tokens_per_s", "pull_bytes_per_s", "preemptions", "pulled_bytes", "published_bytes", "bad_blocks", "node", "served_model_name", "tokenizer", "other_names", "max_choices", "clock", "version", "without_store")
+    __slots__ = ("role", "model", "fingerprint", "layout", "vocab_size", "max_model_len", "draining", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "streams", "tasks", "prefill_tokens_per_s", "pull_bytes_per_s", "preemptions", "pulled_bytes", "published_bytes", "bad_blocks", "node", "served_model_name", "tokenizer", "other_names", "max_choices", "clock", "version", "without_store", "certificate_problem")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class WorkerStatus(_message.Message):
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_STORE_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     role: str
     model: str
     fingerprint: bytes
@@ -98,7 +99,8 @@ class WorkerStatus(_message.Message):
     clock: float
     version: str
     without_store: bool
-    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., streams: _Optional[int] = ..., tasks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., published_bytes: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., node: _Optional[str] = ..., served_model_name: _Optional[str] = ..., tokenizer: _Optional[str] = ..., other_names: _Optional[_Iterable[str]] = ..., max_choices: _Optional[int] = ..., clock: _Optional[float] = ..., version: _Optional[str] = ..., without_store: bool = ...) -> None: ...
+    certificate_problem: str
+    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., streams: _Optional[int] = ..., tasks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., published_bytes: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., node: _Optional[str] = ..., served_model_name: _Optional[str] = ..., tokenizer: _Optional[str] = ..., other_names: _Optional[_Iterable[str]] = ..., max_choices: _Optional[int] = ..., clock: _Optional[float] = ..., version: _Optional[str] = ..., without_store: bool = ..., certificate_problem: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "choice", "min_tokens", "ignore_eos", "stop_token_ids", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words", "n", "logprobs", "prompt_logprobs")

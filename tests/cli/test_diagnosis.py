@@ -93,6 +93,10 @@ WRONG = {
         {"workers": [PREFILL, replace(DECODE, without_store=True)]},
         ("store", "it has no store: no block comes to it or from it", "see in its log why"),
     ),
+    "certificate files": (
+        {"workers": [PREFILL, replace(DECODE, certificate_problem="D/decode.key cannot be read: Permission denied")]},
+        ("certificate", "it goes on with that of before: D/decode.key cannot be read", "copy its files anew"),
+    ),
     "role": (
         {"workers": [replace(PREFILL, problem="its certificate is that of decode, not of prefill")]},
         ("worker", "its certificate is that of decode", "give its address as that of its own role"),

@@ -204,6 +204,24 @@ def test_a_worker_of_another_role(doctor):
     assert "give its address as that of its own role" in wrong[3]
 
 
+def test_a_worker_whose_certificate_files_cannot_be_used(doctor):
+    """It goes on, and says so: to the doctor, and on the router's page of nodes."""
+    cluster = doctor.cluster
+    key = cluster.certs_of(cluster.a) / "prefill.key"
+    away = key.with_name("prefill.key.away")
+    key.rename(away)
+    try:
+        (wrong,) = until(lambda: doctor.wrong(*doctor.workers, *doctor.certs), 20, "told")
+        assert wrong[:2] == ("certificate", f"prefill {cluster.at('prefill')}")
+        assert wrong[2].startswith(f"it goes on with that of before: there is no {key}; ")
+        problems = {node["role"]: node["certificate_problem"] for node in cluster.nodes()["nodes"]}
+        assert problems["prefill"].startswith(f"there is no {key}; ")
+        assert problems["decode"] == ""
+    finally:
+        away.rename(key)
+    until(lambda: doctor.wrong(*doctor.workers, *doctor.certs) == [], 20, "mended")
+
+
 def test_other_weights_under_the_same_name(doctor, odd):
     (wrong,) = doctor.wrong(*doctor.workers, *doctor.certs, f"--prefill={odd}")
     assert wrong[:2] == ("model", f"prefill {odd} and decode {doctor.cluster.at('decode')}")

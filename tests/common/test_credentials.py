@@ -141,8 +141,20 @@ class TestLive:
         (told,) = caplog.records
         assert "router.key is not the key of" in told.getMessage()
         assert told.getMessage().endswith("; the certificate of before stays in use")
+        assert live.fault == told.getMessage().removesuffix("; the certificate of before stays in use")
         folder.write("router.pem", certs.to_pem([leaf.certificate]))
         assert [bool(live.look()) for _ in range(2)] == [False, True]
+        assert live.fault == ""
+
+    def test_a_file_that_was_gone_for_a_while_is_no_fault_any_more(self, live, folder, monkeypatch):
+        """Also where the system does not tell that it was."""
+        there = live._signature()
+        (folder.path / "router.key").rename(folder.path / "elsewhere")
+        assert [live.look() for _ in range(3)] == [None] * 3
+        assert live.fault.startswith("there is no ")
+        monkeypatch.setattr(live, "_signature", lambda: there)
+        assert live.look() is None
+        assert live.fault == ""
 
     def test_a_ca_that_nobody_vouches_for_is_warned_of(self, live, folder, caplog):
         """One that the old CA vouches for is not, nor the end of the old one: nobody is refused then."""
