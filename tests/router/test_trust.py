@@ -379,7 +379,8 @@ class TestRotation:
             assert (node.problem, node.ready) == ("", True)
 
         with_node(use, "prefill", live(hosts["prefill"]), live(hosts["router"]))
-        (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        warned, told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert "for which that of before does not vouch" in warned
         assert told.endswith("; calls go on with the certificates of before")
 
     def test_many_in_a_row(self, hosts):
