@@ -171,8 +171,9 @@ class Link:
             while True:
                 reply = say.decode("reply", await say.read_frame(self._reader))
                 if isinstance(reply, say.Refused):
-                    log.error("%s refused us: %s", self._to, reply.reason)
-                    return self.drop(reply.reason)
+                    reason = say.words(reply.reason)
+                    log.error("%s refused us: %s", self._to, reason)
+                    return self.drop(reason)
                 asked = self._asked.pop(reply.id, None)
                 if asked is None:  # it was only posted
                     continue
@@ -222,7 +223,7 @@ async def greet(peer: socket.socket, hello: say.Hello) -> tuple[say.Welcome, int
         body, _ = await receive(peer, say.body_length(header))
         greeting = say.decode("greeting", body)
         if isinstance(greeting, say.Refused):
-            raise (IncompatibleNode if greeting.incompatible else ProtocolError)(greeting.reason)
+            raise (IncompatibleNode if greeting.incompatible else ProtocolError)(say.words(greeting.reason))
     except BaseException:
         for fd in fds:
             os.close(fd)

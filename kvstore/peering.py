@@ -38,6 +38,7 @@ from kvferry.kvstore.protocol import (
     Refused,
     Salt,
     body_length,
+    words,
 )
 
 VERSION = 1
@@ -45,7 +46,6 @@ NONCE_BYTES = 32
 MAX_FETCH = 8192  # blocks in one request
 MAX_PROBE = 64 * 2**20  # zeros in one answer
 MAX_GREETING_BYTES = 4096  # of a frame from somebody who has proved nothing yet
-MAX_REASON = 300  # characters of a refusal that are logged
 OTHER_SECRET = "the two stores do not know the same secret (--peer-secret-file)"
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # seconds, and tries
 
@@ -163,10 +163,9 @@ async def hear(peer: socket.socket, kind: type[Said], most: int = MAX_FRAME_BYTE
     try:
         message = _DECODERS[kind].decode(await exactly(peer, length))
     except BAD_BODY as error:
-        raise ProtocolError(f"not a valid {kind.__name__.lower()}: {error}") from None
+        raise ProtocolError(f"not a valid {kind.__name__.lower()}: {words(str(error))}") from None
     if isinstance(message, Refused):
-        reason = "".join([c if c.isprintable() else "?" for c in message.reason[:MAX_REASON]])
-        raise (IncompatibleNode if message.incompatible else ProtocolError)(reason)
+        raise (IncompatibleNode if message.incompatible else ProtocolError)(words(message.reason))
     return message
 
 

@@ -201,6 +201,8 @@ Reply = Matched | Reserved | Granted | Committed | Released | Done | Counted | R
 Message = Hello | Welcome | Request | Reply
 Kind = Literal["hello", "greeting", "request", "reply"]
 
+MAX_WORDS = 300  # characters of what somebody else says that are logged
+
 # What a decoder raises at bytes that somebody made up.
 BAD_BODY = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
@@ -234,7 +236,12 @@ def decode(kind: Kind, body: bytes) -> Message:
     try:
         return _DECODERS[kind].decode(body)
     except BAD_BODY as error:
-        raise ProtocolError(f"not a valid {kind}: {error}") from None
+        raise ProtocolError(f"not a valid {kind}: {words(str(error))}") from None
+
+
+def words(said: str) -> str:
+    """What somebody else said, fit for a log: it makes no lines of its own, and is no longer than MAX_WORDS."""
+    return "".join([c if c.isprintable() else "?" for c in said[:MAX_WORDS]])
 
 
 async def read_frame(reader: asyncio.StreamReader) -> bytes:

@@ -5,17 +5,21 @@ import json
 import logging
 import socket
 
+import msgspec
 import pytest
 from impostor import SECRET, impostor, me
 from peer_stories import clients_of, nothing_held, publish, pulled, run
 
 from kvferry.common.errors import IncompatibleNode
 from kvferry.kvstore import peering
+from kvferry.kvstore import protocol as say
+from kvferry.kvstore.link import Link, Unreachable
 from kvferry.kvstore.peering import Call, Challenge, Fetch, Sending, Sent
 from kvferry.kvstore.peers import AWAY_FIRST_S, AWAY_MOST_S, Peer
-from kvferry.kvstore.protocol import ProtocolError
+from kvferry.kvstore.protocol import MAX_WORDS, ProtocolError
 
 TRIES = 100
+LONG = "no\nERROR fire" * 100_000
 NO_ADDRESSES = ["nonsense", "127.0.0.1:99999", "127.0.0.1:" + "9" * 30, "[::1", ":", "x" * 290 + ":1", "h\0:1", "é:1"]
 
 
@@ -124,9 +128,30 @@ def test_what_a_refusal_says_makes_no_lines_of_its_own():
             await asyncio.get_running_loop().sock_sendall(theirs, peering.frame(peering.Refused("no\nERROR fire" * 99)))
             with pytest.raises(ProtocolError, match=r"^no\?ERROR fire") as refused:
                 await peering.hear(ours, Challenge)
-            assert len(str(refused.value)) <= peering.MAX_REASON
+            assert len(str(refused.value)) <= MAX_WORDS
 
     run(story())
+
+
+@pytest.mark.parametrize("body", [{"type": "refused", "reason": LONG}, {"type": LONG}], ids=["refusal", "nonsense"])
+def test_what_a_store_that_is_asked_answers_does_not_fill_the_log(caplog, body):
+    async def story():
+        ours, theirs = socket.socketpair()
+        with theirs:
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            link = await Link.over(ours, "127.0.0.1:1", bytes(16))
+            said = msgspec.msgpack.encode(body)
+            await asyncio.get_running_loop().sock_sendall(theirs, say.LENGTH.pack(len(said)) + said)
+            await link.lost.wait()
+            with pytest.raises(Unreachable):
+                await link.request(say.Stats(link.next_id()), say.Counted, 1.0)
+            await link.close()
+
+    run(story())
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if "ERROR fire" in line]
+    assert all(len(line) < 2 * MAX_WORDS and "\n" not in line for line in lines), lines
 
 
 LIES = {
