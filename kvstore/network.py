@@ -69,6 +69,7 @@ class Network:
     def tick(self) -> None:
         """A few times a second."""
         self.fetcher.renew()
+        self._peers.tick()
         self.reach.tick()
 
     async def close(self) -> None:

@@ -3,6 +3,7 @@ a while, and said so once."""
 
 import asyncio
 import logging
+import select
 import socket
 import struct
 import time
@@ -25,6 +26,7 @@ PATIENCE_S = 2.0  # for the first byte of blocks, and, in all, for what comes mo
 AWAY_FIRST_S, AWAY_MOST_S = 0.5, 10.0  # so long a peer that failed is left alone
 AWAY_INCOMPATIBLE_S = 30.0
 TOLD_S = 60.0  # so long after its last failure a peer counts as away, if nothing has worked since
+FORGOTTEN_S = 120.0  # after so long without use; longer than any peer is left alone
 IDLE_MOST = 4  # fetch connections kept for each peer
 FETCHES_MOST = 32  # at once from each peer
 # TimeoutError is an OSError; an address that is none is a ValueError
@@ -83,6 +85,12 @@ class Inflow:
             peer.setblocking(False)
         finally:
             views.clear()
+
+    def has_ended(self) -> bool:
+        """Whether there is anything to read while nothing was asked for: its end, or nonsense."""
+        poller = select.poll()
+        poller.register(self._peer, select.POLLIN)
+        return bool(poller.poll(0))
 
     def interrupt(self) -> None:
         """Have a thread that receives end, and the connection with it."""
@@ -145,6 +153,8 @@ class Peer:
         self.opening = asyncio.Lock()
         self.idle: list[Inflow] = []
         self.turns = asyncio.Semaphore(FETCHES_MOST)
+        self.fetching = 0  # now, or waiting for their turn
+        self.used = 0.0  # when it was last of interest
         self._pause = AWAY_FIRST_S
         self._failed_at = 0.0
         self._told = ""
@@ -165,6 +175,19 @@ class Peer:
         if reason != self._told:
             self._told = reason
             log.log(logging.ERROR if incompatible else logging.WARNING, "the store at %s: %s", self.address, reason)
+
+    def close_ended(self) -> None:
+        """Close what the other side has closed: on a connection that nobody uses nothing can come."""
+        ended = [inflow for inflow in self.idle if inflow.has_ended()]
+        self.idle = [inflow for inflow in self.idle if inflow not in ended]
+        for inflow in ended:
+            inflow.close()
+        if self.asking is not None and self.asking.lost.is_set():
+            self.asking = None
+
+    def is_idle(self) -> bool:
+        """Whether nothing is open or under way."""
+        return not (self.idle or self.asking or self.fetching or self.opening.locked())
 
     def worked(self) -> None:
         """It did what it was asked for."""
@@ -209,8 +232,13 @@ class Peers:
     @asynccontextmanager
     async def turn(self, address: str) -> AsyncIterator[None]:
         """Fetch inside: a store is asked for no more at once than it can send side by side."""
-        async with self._of(address).turns:
-            yield
+        peer = self._of(address)
+        peer.fetching += 1
+        try:
+            async with peer.turns:
+                yield
+        finally:
+            peer.fetching -= 1
 
     async def inflow(self, address: str, fresh: bool = False) -> Inflow:
         """A connection to fetch by, which `give_back` or `close` must follow. Raises Unreachable."""
@@ -241,8 +269,18 @@ class Peers:
             if peer.asking is not None:
                 await peer.asking.close()
 
+    def tick(self) -> None:
+        """A few times a second: stores that left for good leave nothing behind."""
+        now = self._clock.now()
+        for peer in list(self._peers.values()):
+            peer.close_ended()
+            if now - peer.used > FORGOTTEN_S and peer.is_idle():
+                del self._peers[peer.address]
+
     def _of(self, address: str) -> Peer:
-        return self._peers.setdefault(address, Peer(address))
+        peer = self._peers.setdefault(address, Peer(address))
+        peer.used = self._clock.now()
+        return peer
 
     async def _connect(self, peer: Peer, purpose: Purpose) -> tuple[socket.socket, Met]:
         if not self.usable(peer.address):
@@ -267,19 +305,28 @@ class Peers:
 
 
 async def connect(address: str) -> socket.socket:
-    """A connected, non-blocking socket to `host:port`. Raises OSError, ValueError."""
-    loop = asyncio.get_running_loop()
+    """A connected, non-blocking socket to `host:port`, at the first of the name's addresses where there is an answer;
+    each has its share of CONNECT_S. Raises OSError, ValueError."""
     host, _, port = address.rpartition(":")
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError(f"{address!r} is not HOST:PORT")
-    (family, kind, protocol, _, where), *_ = await loop.getaddrinfo(
-        host.strip("[]"), int(port), type=socket.SOCK_STREAM
-    )
+    found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    for family, kind, protocol, _, where in found[:-1]:
+        try:
+            async with asyncio.timeout(CONNECT_S / len(found)):
+                return await connect_to(family, kind, protocol, where)
+        except OSError as error:  # TimeoutError is one
+            log.debug("%s is not reached at %s: %r", address, where[0], error)
+    family, kind, protocol, _, where = found[-1]
+    return await connect_to(family, kind, protocol, where)
+
+
+async def connect_to(family: int, kind: int, protocol: int, where: tuple) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
         peering.set_up(sock)
-        await loop.sock_connect(sock, where)
+        await asyncio.get_running_loop().sock_connect(sock, where)
     except BaseException:
         sock.close()
         raise
