@@ -196,7 +196,7 @@ def rotate(hosts: Hosts, order: list[str], *flags: str) -> None:
     "flags",
     [
         pytest.param((), id="keys", marks=pytest.mark.long),
-        pytest.param(("--ca",), id="a new CA"),
+        pytest.param(("--ca",), id="a new CA", marks=pytest.mark.long),
         pytest.param(("--drop-old-ca",), id="the end of the old CA", marks=pytest.mark.long),
     ],
 )

@@ -232,6 +232,7 @@ def test_a_cut_between_router_and_decode_in_mid_stream(start, oracle, prompts):
 # -- processes that fail ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_store_of_a_killed_while_it_sends(two, net, oracle, prompts):
     prompt = prompts.tokens(800)
     net.slow(two.a, SLOW_MBIT)

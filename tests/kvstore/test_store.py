@@ -409,7 +409,7 @@ def test_a_socket_in_use_is_told_in_words(ground):
         with pytest.raises(ConfigError, match="another process answers"):
             await serve(StoreConfig(socket=node.socket), Notifier(None), asyncio.Event())
         missing = StoreConfig(socket=node.socket.parent / "nowhere" / "s", size_bytes=2**20)
-        with pytest.raises(ConfigError, match="cannot listen"):
+        with pytest.raises(ConfigError, match="there is no folder"):
             await serve(missing, Notifier(None), asyncio.Event())
 
     run(story())
