@@ -397,7 +397,8 @@ def test_what_only_a_child_sees_is_said_once(tmp_path):
     )
     assert refused.returncode == 2
     assert refused.stderr == (
-        f"kvferry serve: store did not start: cannot listen at {nowhere}: No such file or directory\n"
+        f"kvferry serve: store did not start: there is no folder {tmp_path}/none for the socket of the store; make it "
+        "first\n"
     )
 
 
