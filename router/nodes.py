@@ -121,15 +121,29 @@ def difference(one: Node, other: Node) -> str:
 
 
 async def patiently(read: Awaitable[T]) -> T:
-    """What is read. Raises TimeoutError for who was silent for `SILENT_S` in which it could have been heard."""
-    reading = asyncio.ensure_future(read)
+    """What is read. Raises TimeoutError for who was silent for `SILENT_S` in which it could have been heard.
+
+    Nothing of it outlives its end, also where that is an exception that somebody keeps: gRPC has a connection open for
+    as long as there is one of its calls.
+    """
+    loop = asyncio.get_running_loop()
+    left = round(SILENT_S / LOOK_S)
     try:
-        for _ in range(round(SILENT_S / LOOK_S)):
-            if (await asyncio.wait([reading], timeout=LOOK_S))[0]:
-                return reading.result()
-        raise TimeoutError
+        async with asyncio.timeout(None) as limit:
+
+            def look() -> None:
+                nonlocal left, alarm
+                left -= 1
+                if left:
+                    alarm = loop.call_later(LOOK_S, look)
+                else:
+                    limit.reschedule(loop.time())
+
+            alarm = loop.call_later(LOOK_S, look)
+            return await read
     finally:
-        reading.cancel()
+        alarm.cancel()
+        alarm = limit = look = read = None
 
 
 class Nodes:
