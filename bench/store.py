@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import store_directory
 import store_local
 import store_lookup
 import store_remote
@@ -25,7 +26,7 @@ from rich.table import Table
 from store_ground import Meaning
 
 # Each part has `measure(quick)`, and FIGURES that tell what it gives.
-PARTS = {"local": store_local, "lookup": store_lookup, "remote": store_remote}
+PARTS = {"local": store_local, "lookup": store_lookup, "directory": store_directory, "remote": store_remote}
 COST = ("gb_per_s", "cpu_s_per_gb")
 NOTHING = Meaning("", "")
 
