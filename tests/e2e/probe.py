@@ -10,7 +10,7 @@ from e2e.cluster import Cluster
 from spans import span
 
 from kvferry.common.block import BlockLayout, slot_stride
-from kvferry.common.hashing import BlockName, CacheScope, TenantId
+from kvferry.common.hashing import KEY_BYTES, BlockName, CacheScope, TenantId
 from kvferry.kvstore.client import StoreClient
 from kvferry.router.tenants import Tenants
 
@@ -58,7 +58,7 @@ class Probe:
 
         async def find_bad(store: StoreClient) -> int:
             match = await store.lookup(span([name]))
-            good = await store.pull(match, [memoryview(bytearray(self._layout.block_bytes))])
+            good = await store.pull(match, [memoryview(bytearray(self._layout.block_bytes))], bytes(KEY_BYTES))
             await store.release(match.lease)
             return good
 
