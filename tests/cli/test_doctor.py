@@ -130,6 +130,7 @@ peer_secret_file = "{made}/store.secret"
         f"{cluster.folder_of(cluster.a)}/store", cluster.at("store a")]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_router_that_misses_somebody(doctor):
     (gone,) = doctor.wrong("--router=http://127.0.0.1:1")
     assert gone[:3] == ("router", "http://127.0.0.1:1", "Connection refused")
@@ -190,6 +191,7 @@ def test_a_worker_that_is_not_there(doctor):
                       f"start it, or see why this host does not reach {gone}")]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_worker_that_hangs(doctor):
     with doctor.cluster.stopped("decode"):
         (wrong,) = doctor.wrong(*doctor.workers, *doctor.certs)
@@ -214,9 +216,12 @@ def test_a_worker_whose_certificate_files_cannot_be_used(doctor):
         (wrong,) = until(lambda: doctor.wrong(*doctor.workers, *doctor.certs), 20, "told")
         assert wrong[:2] == ("certificate", f"prefill {cluster.at('prefill')}")
         assert wrong[2].startswith(f"it goes on with that of before: there is no {key}; ")
-        problems = {node["role"]: node["certificate_problem"] for node in cluster.nodes()["nodes"]}
-        assert problems["prefill"].startswith(f"there is no {key}; ")
-        assert problems["decode"] == ""
+
+        def problems() -> dict[str, str]:
+            return {node["role"]: node["certificate_problem"] for node in cluster.nodes()["nodes"]}
+
+        until(lambda: problems()["prefill"].startswith(f"there is no {key}; "), 20, "told to the router")
+        assert problems()["decode"] == ""
     finally:
         away.rename(key)
     until(lambda: doctor.wrong(*doctor.workers, *doctor.certs) == [], 20, "mended")
@@ -273,6 +278,7 @@ def test_redis_that_refuses_and_redis_that_is_gone(doctor, tmp_path):
     assert doctor.wrong(*doctor.redis) == []
 
 
+@pytest.mark.long
 def test_a_slow_link_and_a_cut_one(doctor):
     net = doctor.cluster.net
     if not net.can_cut:

@@ -23,6 +23,8 @@ from kvferry.common.certs import Leaf
 from kvferry.common.proto import worker_pb2 as pb
 from kvferry.common.proto.worker_pb2_grpc import PrefillStub
 
+pytestmark = pytest.mark.long  # tests/router/test_trust.py says the same of parts in one process
+
 LENGTHS = (10, 60, 150, 300)  # some are filled by prefill, some computed by decode itself
 STREAM_TOKENS = 400
 

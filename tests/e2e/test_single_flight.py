@@ -6,7 +6,7 @@ import pytest
 from e2e.cluster import Cluster
 
 
-@pytest.mark.parametrize("prefill", [1, 2])
+@pytest.mark.parametrize("prefill", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_two_identical_prompts_at_once(prefill, shared, own, oracle, prompts):
     """On one prefill worker, where both fills share a connection, and on two, where they do not."""
     if prefill == 1:

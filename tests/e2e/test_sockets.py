@@ -239,6 +239,7 @@ def test_a_reader_that_stops(cluster, prompts):
     assert re.search(r"completion for tenant [0-9a-f]{16}: slow_reader, 900 prompt tokens", log)
 
 
+@pytest.mark.long
 def test_a_slow_reader_is_no_reader_that_stops(cluster, prompts):
     """It reads a little at a time, all the time, for longer than one may read nothing."""
     body = cluster.body(prompts.tokens(900), max_tokens=1, prompt_logprobs=20, n=8)
