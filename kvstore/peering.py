@@ -169,6 +169,14 @@ async def hear(peer: socket.socket, kind: type[Said], most: int = MAX_FRAME_BYTE
     return message
 
 
+def interrupt(peer: socket.socket) -> None:
+    """Have a thread that sends or receives by a socket end, and the connection with it."""
+    try:
+        peer.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it is not connected any more
+        return
+
+
 async def exactly(peer: socket.socket, size: int) -> bytes:
     """`size` bytes from a non-blocking socket. Raises EOFError, OSError."""
     loop = asyncio.get_running_loop()

@@ -94,10 +94,7 @@ class Inflow:
 
     def interrupt(self) -> None:
         """Have a thread that receives end, and the connection with it."""
-        try:
-            self._peer.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it is not connected any more
-            return
+        peering.interrupt(self._peer)
 
     def close(self) -> None:
         self._peer.close()

@@ -15,7 +15,7 @@ from kvferry.kvstore import protocol as say
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.conversation import Conversation, Waiters
 from kvferry.kvstore.index import Index
-from kvferry.kvstore.peering import Fetch, Identity, Met, Sending, Sent, set_up
+from kvferry.kvstore.peering import Fetch, Identity, Met, Sending, Sent, interrupt, set_up
 from kvferry.kvstore.protocol import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -168,14 +168,6 @@ class Sender:
             raise
         finally:
             self._sending.discard(peer)
-
-
-def interrupt(peer: socket.socket) -> None:
-    """Have a thread that sends end."""
-    try:
-        peer.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it is not connected any more
-        return
 
 
 def send_some(peer: socket.socket, views: list[memoryview]) -> int:
