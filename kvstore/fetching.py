@@ -36,7 +36,6 @@ class Fetcher:
     """Brings blocks. Owns a connection of the index, which its node renews by `renew`."""
 
     def __init__(self, index: Index, changed: Callable[[], None], peers: Peers, connections: int, only_sealed: bool):
-        self.bytes = 0  # brought and committed
         self._index = index
         self._changed = changed
         self._peers = peers
@@ -167,10 +166,7 @@ class Fetcher:
         parents = [span.names[i - 1] if i else span.parent for i in part]
         coming = list(map(Coming, names, parents, sent))
         landing = Landing(self._index, self._connection, lease, self._arena, coming, self._changed)
-        try:
-            await landing.run(inflow, self._threads, self._least)
-        finally:
-            self.bytes += landing.landed * self._arena.block_bytes
+        await landing.run(inflow, self._threads, self._least)
         return landing.landed, landing.landed == len(sent)
 
     def _least(self) -> float:

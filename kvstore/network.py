@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from kvferry.common.clock import Clock, MonotonicClock
-from kvferry.common.config import StoreConfig
+from kvferry.common.config import StoreConfig, split_address
 from kvferry.common.errors import ConfigError
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.conversation import Waiters
@@ -37,7 +37,6 @@ class Network:
 
     def __init__(self, config: StoreConfig, me: Identity, index: Index, waiters: Waiters, directory: Directory):
         clock: Clock = MonotonicClock()
-        self.me = me
         self._directory = directory
         self._peers = Peers(me, clock)
         self.fetcher = Fetcher(index, waiters.wake, self._peers, config.connections, config.only_sealed)
@@ -105,11 +104,10 @@ def read_secret(path: Path) -> bytes:
 
 def listen_for_peers(address: str) -> socket.socket:
     """A listening TCP socket. Raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = split_address(address, "--listen")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, int(port)), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address} for other stores: {error.strerror or error}") from error
     listener.setblocking(False)

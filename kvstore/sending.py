@@ -35,7 +35,6 @@ class Sender:
     """Serves connections from other nodes."""
 
     def __init__(self, me: Identity, index: Index, waiters: Waiters):
-        self.bytes = 0  # of blocks sent
         self._me = me
         self._index = index
         self._waiters = waiters
@@ -155,7 +154,6 @@ class Sender:
                     self._index.renew(connection)
             finally:
                 views.clear()  # an error's traceback keeps no part of the arena
-        self.bytes += len(slots) * self._arena.block_bytes
 
     async def _in_thread(self, peer: socket.socket, views: list[memoryview]) -> int:
         self._sending.add(peer)
