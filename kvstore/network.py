@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from kvferry.common.clock import Clock, MonotonicClock
-from kvferry.common.config import StoreConfig, split_address
+from kvferry.common.config import StoreConfig
 from kvferry.common.errors import ConfigError
 from kvferry.kvstore.arena import ArenaMap
 from kvferry.kvstore.conversation import Waiters
@@ -104,10 +104,11 @@ def read_secret(path: Path) -> bytes:
 
 def listen_for_peers(address: str) -> socket.socket:
     """A listening TCP socket. Raises ConfigError."""
-    host, port = split_address(address, "--listen")
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, int(port)), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address} for other stores: {error.strerror or error}") from error
     listener.setblocking(False)
